@@ -1,0 +1,1 @@
+"""Run open-weight language models at the speed the hardware allows."""

@@ -1,0 +1,1 @@
+"""Measure headrace, its peers and the machine."""

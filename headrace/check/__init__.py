@@ -1,0 +1,1 @@
+"""Named cases, error budgets and fakes shared by tests and benchmarks."""

@@ -1,0 +1,1 @@
+"""Requests, plans, batches: from prompts to tokens, without text."""

@@ -1,0 +1,1 @@
+"""HOW things are computed fast: arrays in, arrays out; knows nothing of engines."""

@@ -1,0 +1,1 @@
+"""Which page of the cache holds what, and the arrays behind it."""

@@ -1,0 +1,1 @@
+"""WHAT is computed: one file per operation, each with its reference, checks, traffic and kernels."""

@@ -1,0 +1,1 @@
+"""From a file on disk or the network to checked tensors in memory."""
