@@ -21,6 +21,7 @@ import mmap
 import os
 import stat
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -113,10 +114,8 @@ class GGUFFile:
         """Unmap the file, or leave that to the last view that is still in use."""
         mapped, self._mapped = self._mapped, None
         if mapped is not None:
-            try:
+            with suppress(BufferError):  # views exist: the map goes when they do
                 mapped.close()
-            except BufferError:
-                pass  # views exist; the map goes when they do
 
     def _find(self, name: str) -> tuple[TensorInfo, mmap.mmap]:
         if self._mapped is None:

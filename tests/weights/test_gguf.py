@@ -109,7 +109,8 @@ DAMAGED: dict[str, tuple[dict[str, bytes], type[HeadraceError], str]] = {
     "broken rows": ({"dims1": struct.pack("<2Q", 48, 4)}, ModelFileError, "not whole Q8_0 blocks"),
     "name twice": ({"name2": text("a.weight")}, ModelFileError, "tensor 'a.weight' appears twice"),
     "name not utf-8": ({"name2": text(b"\xff")}, ModelFileError, "name of tensor 1 is not UTF-8"),
-    "known type": ({"format2": U32.pack(39)}, UnsupportedError, "(?s)'b.bias' has type MXFP4.*supported types: F32, F16"),
+    "known type": ({"format2": U32.pack(39)}, UnsupportedError,
+                   "(?s)'b.bias' has type MXFP4.*supported types: F32, F16"),
     "unknown type": ({"format2": U32.pack(999)}, UnsupportedError, "'b.bias' has type number 999"),
     "unaligned": ({"offset2": U64.pack(225)}, ModelFileError, "offset 225, not a multiple of the alignment 32"),
     "far offset": ({"offset2": U64.pack(2**64 - 32)}, ModelFileError, "'b.bias' ends at byte 18446744073709"),
@@ -119,7 +120,8 @@ DAMAGED: dict[str, tuple[dict[str, bytes], type[HeadraceError], str]] = {
     "alignment text": ({"key1": text("general.alignment")}, ModelFileError, "power of two, got 'llama'"),
     "huge alignment": ({"key1": text("general.alignment"), "type1": U32.pack(10), "value1": U64.pack(2**63)},
                        ModelFileError, "not a multiple|ends at byte"),
-    "one part": ({"key1": text("split.count"), "type1": U32.pack(2), "value1": b"\3\0"}, UnsupportedError, "one of 3 parts"),
+    "one part": ({"key1": text("split.count"), "type1": U32.pack(2), "value1": b"\3\0"},
+                 UnsupportedError, "one of 3 parts"),
 }  # fmt: skip
 
 
