@@ -1,0 +1,46 @@
+"""Error budgets: how far a kernel may be from the float64 reference.
+
+    error(kernel) <= 2 x (error of a straightforward low-precision computation + one rounding of the largest value)
+
+Nobody writes a tolerance by hand: the straightforward computation, in the kernel's own input and output types, sets it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+
+
+def poisoned(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An output full of NaN: what a kernel does not write stays visible."""
+    return np.full(shape, np.nan, dtype=getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype)
+
+
+def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as `dtype` holds them."""
+    return values.astype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype)
+
+
+def budget(exact: np.ndarray, straightforward: Any, dtype: str) -> float:
+    """The largest error allowed of an output of type `dtype`."""
+    if exact.size == 0:
+        return 0.0
+    error = np.max(np.abs(np.asarray(straightforward).astype(np.float64) - exact))
+    return float(2 * (error + ROUNDING[dtype] * np.max(np.abs(exact))))
+
+
+def assert_within_budget(got: Any, exact: np.ndarray, straightforward: Any, dtype: str) -> None:
+    """Raises AssertionError that says where the worst element is, and both numbers."""
+    values = np.asarray(got).astype(np.float64)
+    assert values.shape == exact.shape, f"shape {values.shape}, expected {exact.shape}"
+    if exact.size == 0:
+        return
+    error = np.abs(values - exact)
+    allowed = budget(exact, straightforward, dtype)
+    worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error)), error.shape)
+    place = [int(i) for i in worst]
+    assert error[worst] <= allowed, f"at {place}: got {values[worst]}, exact {exact[worst]}, allowed {allowed:.3g}"

@@ -1,0 +1,63 @@
+"""Native kernels for the CPU: the instruction set in force, the pool that runs them, the border to arrays."""
+
+from __future__ import annotations
+
+import functools
+import os
+from types import TracebackType
+
+from headrace.errors import ArgumentError
+from headrace.kernels.cpu import _native as native
+
+ISAS = ("portable", "avx2", "avx512", "amx")
+
+_limits = ["amx"]  # a stack: the last one is in force
+
+
+def best_isa() -> str:
+    """The highest level this CPU can run, whatever the limit."""
+    return native.best_isa()
+
+
+def isa() -> str:
+    """The level kernels are chosen at now: the CPU's best, or the limit set by `limit_isa`."""
+    return min(best_isa(), _limits[-1], key=ISAS.index)
+
+
+class limit_isa:  # noqa: N801 - reads as a function: limit_isa("avx2")
+    """Keeps kernels at or below an instruction set, from now on; as a context manager, until the block ends.
+
+    The level: "portable", "avx2", "avx512" or "amx". What was recorded before keeps its kernels.
+    """
+
+    def __init__(self, level: str) -> None:
+        if level not in ISAS:
+            raise ArgumentError(f"level: expected one of {', '.join(ISAS)}, got {level!r}")
+        _limits.append(level)
+
+    def __enter__(self) -> limit_isa:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _limits.pop()
+
+
+def usable_cores() -> int:
+    """Cores this process may use: its affinity mask, cut by the control group's quota where there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _quota_cores()))
+
+
+def _quota_cores() -> int:
+    try:
+        with open("/sys/fs/cgroup/cpu.max") as file:
+            quota, period = file.read().split()
+        return 1 << 20 if quota == "max" else -(-int(quota) // int(period))
+    except (OSError, ValueError):
+        return 1 << 20
+
+
+@functools.cache
+def default_pool() -> native.Pool:
+    """The pool of calls that bring none: one thread per usable core. Made on first use."""
+    return native.Pool(usable_cores())

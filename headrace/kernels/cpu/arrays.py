@@ -1,0 +1,86 @@
+"""Arrays at the native border: anything that speaks DLPack, NumPy's bfloat16, and buffers of a program.
+
+NumPy's bfloat16 (ml-dtypes) speaks neither DLPack nor the buffer protocol: it travels as uint16 with its name.
+That happens here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from headrace.errors import ArgumentError
+from headrace.kernels import cpu
+from headrace.kernels.cpu import _native as native
+
+_VIEWS = {np.dtype(ml_dtypes.bfloat16): np.uint16}
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """An array of a program being recorded: it has a shape and a dtype now, and memory when the program is finished."""
+
+    tensor: native.Tensor
+    program: native.Program
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
+
+    def view(self, *shape: int) -> Buffer:
+        """The same memory with other inner dimensions; the rows stay."""
+        return Buffer(self.tensor.view([self.tensor.shape[0], *shape]), self.program)
+
+
+def dtype_name(array: Any) -> str:
+    """The element type's name as NumPy spells it ("float32", "bfloat16", ...), for any array library."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def as_tensor(array: Any, name: str) -> native.Tensor:
+    """A native view of `array`, without a copy."""
+    if isinstance(array, Buffer):
+        return array.tensor
+    dtype = dtype_name(array)
+    if isinstance(array, np.ndarray) and array.dtype in _VIEWS:
+        array = array.view(_VIEWS[array.dtype])
+    try:
+        return native.wrap(array, dtype)
+    except TypeError as error:
+        raise ArgumentError(f"{name}: expected an array on the CPU, got {type(array).__name__}") from error
+
+
+def shape_of(array: Any, name: str) -> tuple[int, ...]:
+    """The shape of an array, or an error that names the argument."""
+    shape = getattr(array, "shape", None)
+    if shape is None or not hasattr(array, "dtype"):
+        raise ArgumentError(f"{name}: expected an array, got {type(array).__name__}", "NumPy, torch or JAX on the CPU")
+    return tuple(int(n) for n in shape)
+
+
+def empty_like(array: Any, shape: Sequence[int], dtype: str) -> Any:
+    """An uninitialized array of the same library as `array`; rows of a program's buffer keep following its step."""
+    if isinstance(array, Buffer):
+        kind = array.tensor.rows_kind if shape[0] == array.shape[0] else "fixed"
+        return Buffer(array.program.buffer(dtype, kind, list(shape)), array.program)
+    if type(array).__module__.partition(".")[0] == "torch":
+        import torch
+
+        return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
+    return np.empty(tuple(shape), dtype=getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype)
+
+
+def runner_of(*arrays: Any) -> native.Runner:
+    """The program that is recording these arrays, or the pool that runs the call at once."""
+    for array in arrays:
+        if isinstance(array, Buffer):
+            return array.program
+    return cpu.default_pool()

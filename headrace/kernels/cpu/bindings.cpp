@@ -1,0 +1,178 @@
+// The border between Python and the native runtime. Everything below has been checked when it gets there.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "ops.h"
+
+namespace nb = nanobind;
+using namespace headrace;
+using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
+using BytesArray = nb::ndarray<const uint8_t, nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+
+namespace {
+
+DType dtype_from_name(const std::string& name) {
+  for (int i = 0; i <= static_cast<int>(DType::i8); ++i)
+    if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
+  throw std::invalid_argument("dtype: unknown '" + name + "'");
+}
+
+// Wraps memory that Python owns. `dtype` names what the bytes mean: bfloat16 travels as uint16.
+TensorRef wrap(const AnyArray& array, const std::string& dtype) {
+  auto t = std::make_shared<Tensor>();
+  t->dtype = dtype_from_name(dtype);
+  if (static_cast<int64_t>(array.itemsize()) != t->item_bytes())
+    throw std::invalid_argument("array: item size does not match dtype " + dtype);
+  t->data = const_cast<char*>(static_cast<const char*>(array.data()));
+  for (size_t i = 0; i < array.ndim(); ++i) {
+    t->shape.push_back(static_cast<int64_t>(array.shape(i)));
+    t->strides.push_back(array.stride(i));
+  }
+  return t;
+}
+
+TensorRef view(const TensorRef& t, std::vector<int64_t> shape) {
+  if (!inner_contiguous(*t)) throw std::invalid_argument("view: expected contiguous inner dimensions");
+  auto v = std::make_shared<Tensor>(*t);
+  int64_t per_row = 1;
+  for (size_t i = 1; i < shape.size(); ++i) per_row *= shape[i];
+  if (shape.empty() || shape[0] != t->shape[0] || per_row != t->cols())
+    throw std::invalid_argument("view: expected the same rows and elements per row as " + shape_text(*t));
+  v->shape = shape;
+  v->strides = contiguous_strides(shape);
+  v->strides[0] = t->row_stride();
+  v->base = t->base ? t->base : t;
+  return v;
+}
+
+nb::ndarray<nb::numpy, float> to_numpy(const TensorRef& t) {
+  if (!t->data) throw std::invalid_argument("tensor: has no memory before its program is finished");
+  if (t->dtype != DType::f32) throw std::invalid_argument("tensor: only float32 buffers can be read");
+  std::vector<size_t> shape(t->shape.begin(), t->shape.end());
+  nb::capsule keep(new TensorRef(t), [](void* p) noexcept { delete static_cast<TensorRef*>(p); });
+  return nb::ndarray<nb::numpy, float>(t->data, shape.size(), shape.data(), keep, t->strides.data());
+}
+
+std::vector<double> run_timed(Program& program, const Sizes& sizes) {
+  std::vector<double> seconds;
+  {
+    nb::gil_scoped_release unlocked;
+    program.run(sizes, &seconds);
+  }
+  return seconds;
+}
+
+WeightRef pack(Pool& pool, const std::string& format, int64_t rows, int64_t cols, const BytesArray& raw) {
+  nb::gil_scoped_release unlocked;
+  return pack_weight(pool, format_from_name(format), rows, cols, raw.data(), static_cast<int64_t>(raw.size()));
+}
+
+using FloatArray = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+void unpack(const PackedWeight& weight, FloatArray out) {
+  for (int64_t r = 0; r < weight.rows; ++r) unpack_row(weight, r, out.data() + r * weight.cols);
+}
+
+void dequantize(const std::string& format, int64_t rows, int64_t cols, const BytesArray& raw, FloatArray out) {
+  WeightFormat f = format_from_name(format);
+  if (static_cast<int64_t>(raw.size()) != rows * row_bytes(f, cols) || static_cast<int64_t>(out.size()) != rows * cols)
+    throw std::invalid_argument("dequantize: raw or out does not have the size the shape asks for");
+  for (int64_t r = 0; r < rows; ++r) dequantize_row(f, raw.data() + r * row_bytes(f, cols), cols, out.data() + r * cols);
+}
+
+// The user's mistakes, in headrace's own exceptions.
+void translate(const std::exception_ptr& e, void*) {
+  auto raise = [](const char* name, const char* text) {
+    PyErr_SetObject(nb::module_::import_("headrace.errors").attr(name).ptr(), nb::str(text).ptr());
+  };
+  try {
+    std::rethrow_exception(e);
+  } catch (const std::invalid_argument& error) {
+    raise("ArgumentError", error.what());
+  } catch (const std::bad_alloc&) {
+    raise("CapacityError", "memory: the system has none left for this");
+  }
+}
+
+void bind_runtime(nb::module_& m) {
+  nb::class_<Tensor>(m, "Tensor")
+      .def_prop_ro("shape", [](const Tensor& t) { return t.shape; })
+      .def_prop_ro("dtype", [](const Tensor& t) { return std::string(dtype_name(t.dtype)); })
+      .def_prop_ro("rows_kind", [](const Tensor& t) {
+        static const char* const names[] = {"fixed", "tokens", "requests", "outputs"};
+        return std::string(names[static_cast<int>(t.rows_kind)]);
+      })
+      .def("follow", [](const TensorRef& t, const std::string& kind) {
+        t->rows_kind = kind == "tokens" ? Rows::tokens : kind == "requests" ? Rows::requests : Rows::outputs;
+        return t;
+      })
+      .def("view", &view)
+      .def("numpy", &to_numpy);
+  nb::class_<Sizes>(m, "Sizes")
+      .def("__init__", [](Sizes* s, int64_t tokens, int64_t requests, int64_t outputs) {
+        new (s) Sizes{tokens, requests, outputs};
+      }, nb::arg("tokens"), nb::arg("requests"), nb::arg("outputs"));
+  nb::class_<Runner>(m, "Runner").def("buffer", [](Runner& r, const std::string& dtype, const std::string& rows,
+                                                   std::vector<int64_t> shape) {
+    Rows kind = rows == "tokens" ? Rows::tokens : rows == "requests" ? Rows::requests
+                : rows == "outputs" ? Rows::outputs : Rows::fixed;
+    return r.buffer(dtype_from_name(dtype), kind, std::move(shape));
+  });
+  nb::class_<Pool, Runner>(m, "Pool").def(nb::init<int>()).def_prop_ro("num_threads", &Pool::num_threads);
+  nb::class_<Program, Runner>(m, "Program")
+      .def(nb::init<std::shared_ptr<Pool>, Sizes>())
+      .def("keep", &Program::keep)
+      .def("finish", &Program::finish)
+      .def("run", [](Program& p, const Sizes& s) { p.run(s); }, nb::call_guard<nb::gil_scoped_release>())
+      .def("run_timed", &run_timed)
+      .def_prop_ro("op_names", &Program::op_names)
+      .def_prop_ro("arena_bytes", &Program::arena_bytes);
+}
+
+void bind_weights(nb::module_& m) {
+  nb::class_<PackedWeight>(m, "PackedWeight")
+      .def_prop_ro("format", [](const PackedWeight& w) { return std::string(format_info(w.format).name); })
+      .def_prop_ro("shape", [](const PackedWeight& w) { return std::make_pair(w.rows, w.cols); })
+      .def_prop_ro("num_bytes", &PackedWeight::bytes)
+      .def("unpack", &unpack);
+  m.def("pack", &pack);
+  m.def("dequantize", &dequantize);
+}
+
+void bind_ops(nb::module_& m) {
+  auto unlocked = nb::call_guard<nb::gil_scoped_release>();
+  nb::class_<LinearPart>(m, "LinearPart")
+      .def("__init__", [](LinearPart* p, WeightRef w, TensorRef out, std::optional<TensorRef> bias,
+                          std::optional<TensorRef> residual) {
+        new (p) LinearPart{w, out, bias.value_or(nullptr), residual.value_or(nullptr)};
+      }, nb::arg("weight"), nb::arg("out"), nb::arg("bias").none(), nb::arg("residual").none());
+  m.def("rms_norm", [](Runner& r, const std::string& isa, TensorRef out, TensorRef x, TensorRef weight, float eps) {
+    submit_rms_norm(r, isa_from_name(isa), out, x, weight, eps);
+  }, unlocked);
+  m.def("linear", [](Runner& r, const std::string& isa, TensorRef x, std::vector<LinearPart> parts, bool exact) {
+    submit_linear(r, isa_from_name(isa), x, std::move(parts), exact);
+  }, unlocked);
+  m.def("linear_gated", [](Runner& r, const std::string& isa, TensorRef x, WeightRef gate, WeightRef up, TensorRef out,
+                           bool exact) {
+    submit_linear_gated(r, isa_from_name(isa), x, gate, up, out, exact);
+  }, unlocked);
+  m.def("embedding", &submit_embedding, unlocked);
+  m.def("select_rows", &submit_select_rows, unlocked);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  nb::register_exception_translator(translate);
+  m.def("best_isa", [] { return std::string(isa_name(best_isa())); });
+  m.def("cpu_flags", &cpu_flags);
+  m.def("wrap", &wrap);
+  bind_runtime(m);
+  bind_weights(m);
+  bind_ops(m);
+}

@@ -1,0 +1,51 @@
+// The table of kernels each instruction set fills in. Plain pointers only: nothing here allocates, throws or locks.
+#pragma once
+#include <cstdint>
+
+#include "isa.h"
+#include "tensor.h"
+#include "weight.h"
+
+namespace headrace {
+
+// A row of activations in int8: K values, then one record per 32 of them.
+struct BlockRecord {
+  float scale;          // value = scale * int8
+  float weighted_sum;   // scale * (low_sum + high_sum)
+  int32_t low_sum;      // of the first 16 int8
+  int32_t high_sum;     // of the last 16
+};
+constexpr int kBlock = 32;  // activations that share a scale
+
+// A tile of a matrix product: up to kMaxTile rows of activations times one panel of 16 weight rows.
+constexpr int kPanelRows = 16;
+constexpr int kMaxTile = 8;
+struct TileArgs {
+  const uint8_t* panel;
+  int64_t cols;                // K
+  const float* x;              // fp32 rows, for float panels
+  const int8_t* values;        // int8 rows, for quantized panels
+  const BlockRecord* records;
+  int64_t x_stride, values_stride, records_stride;
+  int tokens;                  // 1 .. kMaxTile
+  float* result;               // [tokens, 16]
+};
+
+struct Kernels {
+  void (*rms_norm)(const void* x, DType x_type, const float* weight, void* y, DType y_type, int64_t n, float eps);
+  void (*quantize_row)(const float* x, int64_t n, int8_t* values, BlockRecord* records);
+  // format -> product of a tile with a panel of that format, as packed
+  void (*tile)(WeightFormat format, const TileArgs& args);
+  // one panel, any format, to [K, 16] floats
+  void (*unpack_panel)(WeightFormat format, const uint8_t* panel, int64_t cols, float* out);
+  void (*finish_row)(const float* result, const float* bias, const float* residual, void* out, DType type, int n);
+  void (*widen_row)(const void* x, DType type, int64_t n, float* out);
+  void (*silu_gate)(const float* gate, const float* up, float* y, int64_t n);
+};
+
+const Kernels& portable_kernels();
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& kernels_for(Isa isa);
+
+}  // namespace headrace

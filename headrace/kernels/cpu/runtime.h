@@ -1,0 +1,131 @@
+// The native runtime: an Op is work cut into chunks; a Pool runs ops; a Program is a recorded list of them.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tensor.h"
+
+namespace headrace {
+
+// What a chunk gets besides its number: who runs it, and memory of that thread's own.
+class Worker {
+ public:
+  Worker(int thread, int num_threads) : thread_(thread), num_threads_(num_threads) {}
+  int thread() const { return thread_; }
+  int num_threads() const { return num_threads_; }
+  char* scratch(int64_t bytes);  // 64-byte aligned, valid until the chunk ends, contents undefined
+
+ private:
+  int thread_, num_threads_;
+  int64_t capacity_ = 0;
+  std::shared_ptr<void> memory_;
+};
+
+// One call of one kernel. Phases follow one another with a barrier between; the chunks of a phase run in any order.
+// NOTE: chunks() is asked by every thread and must give every one the same answer.
+class Op {
+ public:
+  explicit Op(const char* op_name) : name_(op_name) {}
+  virtual ~Op() = default;
+  virtual int phases() const { return 1; }
+  virtual int64_t chunks(int phase, const Sizes& sizes, int num_threads) const = 0;
+  virtual void run(int phase, int64_t chunk, Worker& worker, const Sizes& sizes) = 0;
+  const char* name() const { return name_; }
+  const std::vector<TensorRef>& reads() const { return reads_; }
+  const std::vector<TensorRef>& writes() const { return writes_; }
+
+ protected:
+  const TensorRef& in(const TensorRef& t) { reads_.push_back(t); return reads_.back(); }
+  const TensorRef& out(const TensorRef& t) { writes_.push_back(t); return writes_.back(); }
+
+ private:
+  const char* name_;
+  std::vector<TensorRef> reads_, writes_;
+};
+
+// Where ops go: a Pool runs them at once, a Program records them.
+class Runner {
+ public:
+  virtual ~Runner() = default;
+  virtual void submit(std::unique_ptr<Op> op) = 0;
+  virtual TensorRef buffer(DType dtype, Rows rows, std::vector<int64_t> shape) = 0;
+};
+
+class Pool : public Runner {
+ public:
+  explicit Pool(int num_threads);
+  ~Pool() override;
+  void submit(std::unique_ptr<Op> op) override;
+  TensorRef buffer(DType dtype, Rows rows, std::vector<int64_t> shape) override;
+  // Runs the ops in order; `seconds`, when given, receives the time of each. Rethrows what a worker threw.
+  void run(const std::vector<std::unique_ptr<Op>>& ops, const Sizes& sizes, std::vector<double>* seconds = nullptr);
+  int num_threads() const { return num_threads_; }
+
+ private:
+  struct Job {
+    const std::vector<std::unique_ptr<Op>>* ops = nullptr;
+    Sizes sizes;
+    std::vector<double>* seconds = nullptr;
+  };
+  void worker_loop(int thread);
+  void take_part(Worker& worker);
+  void run_phase(Op& op, int phase, int64_t chunks, Worker& worker);
+  void barrier();
+  void wake_all();
+  bool wait_for_job(uint64_t seen);
+
+  const int num_threads_;
+  const int owner_process_;
+  std::mutex running_;  // one run at a time
+  Job job_;
+  std::vector<std::thread> threads_;
+  std::vector<std::unique_ptr<Worker>> workers_;
+
+  std::mutex sleep_mutex_;
+  std::condition_variable sleep_;
+  std::exception_ptr failure_;
+  std::mutex failure_mutex_;
+  bool stopping_ = false;
+  int sleepers_ = 0;
+  alignas(64) std::atomic<uint64_t> job_number_{0};
+  alignas(64) std::atomic<int64_t> next_chunk_{0};
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<uint64_t> generation_{0};
+  alignas(64) std::atomic<bool> failed_{false};
+};
+
+// Recorded once, replayed with any number of tokens up to its capacity. Buffers whose lives do not overlap share memory.
+class Program : public Runner {
+ public:
+  Program(std::shared_ptr<Pool> pool, Sizes capacity) : pool_(std::move(pool)), capacity_(capacity) {}
+  Program(const Program&) = delete;
+  Program& operator=(const Program&) = delete;
+  void submit(std::unique_ptr<Op> op) override;
+  TensorRef buffer(DType dtype, Rows rows, std::vector<int64_t> shape) override;
+  void keep(const TensorRef& t);  // its contents outlive the run: never shared
+  void finish();                  // plans the arena; nothing can be recorded afterwards
+  void run(const Sizes& sizes, std::vector<double>* seconds = nullptr);
+  std::vector<std::string> op_names() const;
+  int64_t arena_bytes() const { return arena_bytes_; }
+  const Sizes& capacity() const { return capacity_; }
+
+ private:
+  struct Life;
+  std::vector<Life> lives() const;
+
+  std::shared_ptr<Pool> pool_;
+  Sizes capacity_;
+  std::vector<std::unique_ptr<Op>> ops_;
+  std::vector<TensorRef> buffers_, kept_;
+  std::shared_ptr<void> arena_;
+  int64_t arena_bytes_ = 0;
+  bool finished_ = false;
+};
+
+}  // namespace headrace

@@ -1,0 +1,335 @@
+// GGUF blocks to integer codes, codes to panels, and both back to floats. Written for reading: load time only.
+#define HEADRACE_ISA plain
+#include "weight.h"
+
+#include <stdexcept>
+
+#include "simd.h"
+
+namespace headrace {
+
+using plain::bf16_to_float;
+using plain::half_to_float;
+
+namespace {
+
+const FormatInfo kFormats[kNumFormats] = {
+    // name    len bytes bits zero table group sub min
+    {"F32", 1, 4, 0, 0, false, 1, 1, false},
+    {"F16", 1, 2, 0, 0, false, 1, 1, false},
+    {"BF16", 1, 2, 0, 0, false, 1, 1, false},
+    {"Q4_0", 32, 18, 4, 8, false, 32, 32, false},
+    {"Q4_1", 32, 20, 4, 0, false, 32, 32, true},
+    {"Q5_0", 32, 22, 5, 16, false, 32, 32, false},
+    {"Q5_1", 32, 24, 5, 0, false, 32, 32, true},
+    {"Q8_0", 32, 34, 8, 128, false, 32, 32, false},
+    {"Q2_K", 256, 84, 2, 0, false, 256, 16, true},
+    {"Q3_K", 256, 110, 3, 4, false, 256, 16, false},
+    {"Q4_K", 256, 144, 4, 0, false, 256, 32, true},
+    {"Q5_K", 256, 176, 5, 0, false, 256, 32, true},
+    {"Q6_K", 256, 210, 6, 32, false, 256, 16, false},
+    {"IQ4_NL", 32, 18, 4, 128, true, 32, 32, false},
+    {"IQ4_XS", 256, 136, 4, 128, true, 256, 32, false},
+};
+
+// One group of one row: w = scale * sub * (code - zero) - min * sub_min   (group 256)
+//                       w = scale * (code - zero) + min                   (group 32)
+struct Group {
+  uint16_t scale = 0, min = 0;  // fp16 bits
+  int8_t sub[16] = {}, sub_min[16] = {};
+  uint8_t codes[256] = {};
+};
+
+uint16_t half_at(const uint8_t* p) { return static_cast<uint16_t>(p[0] | (p[1] << 8)); }
+
+void nibbles_32(const uint8_t* qs, uint8_t* codes) {
+  for (int i = 0; i < 16; ++i) {
+    codes[i] = qs[i] & 15;
+    codes[i + 16] = qs[i] >> 4;
+  }
+}
+
+void fifth_bits_32(const uint8_t* qh, uint8_t* codes) {
+  for (int i = 0; i < 32; ++i) codes[i] |= static_cast<uint8_t>(((qh[i / 8] >> (i % 8)) & 1) << 4);
+}
+
+// Six-bit scales and mins of Q4_K and Q5_K: four whole in the low bits, four split over two bytes.
+void six_bit_pairs(const uint8_t* s, Group& g) {
+  for (int j = 0; j < 8; ++j) {
+    g.sub[j] = static_cast<int8_t>(j < 4 ? s[j] & 63 : (s[j + 4] & 15) | ((s[j - 4] >> 6) << 4));
+    g.sub_min[j] = static_cast<int8_t>(j < 4 ? s[j + 4] & 63 : (s[j + 4] >> 4) | ((s[j] >> 6) << 4));
+  }
+}
+
+void two_bits_256(const uint8_t* qs, uint8_t* codes) {
+  for (int e = 0; e < 256; ++e) codes[e] = (qs[(e / 128) * 32 + e % 32] >> (2 * ((e / 32) % 4))) & 3;
+}
+
+void read_q2_k(const uint8_t* b, Group& g) {
+  two_bits_256(b + 16, g.codes);
+  for (int i = 0; i < 16; ++i) {
+    g.sub[i] = b[i] & 15;
+    g.sub_min[i] = static_cast<int8_t>(b[i] >> 4);
+  }
+  g.scale = half_at(b + 80);
+  g.min = half_at(b + 82);
+}
+
+void read_q3_k(const uint8_t* b, Group& g) {
+  two_bits_256(b + 32, g.codes);
+  for (int e = 0; e < 256; ++e) g.codes[e] |= static_cast<uint8_t>(((b[e % 32] >> (e / 32)) & 1) << 2);
+  const uint8_t* s = b + 96;
+  for (int i = 0; i < 16; ++i) {
+    int low = i < 8 ? s[i] & 15 : s[i - 8] >> 4;
+    int high = (s[8 + i % 4] >> (2 * (i / 4))) & 3;
+    g.sub[i] = static_cast<int8_t>((low | (high << 4)) - 32);
+  }
+  g.scale = half_at(b + 108);
+}
+
+void read_q45_k(const uint8_t* b, Group& g, bool five) {
+  g.scale = half_at(b);
+  g.min = half_at(b + 2);
+  six_bit_pairs(b + 4, g);
+  const uint8_t *qh = b + 16, *qs = b + (five ? 48 : 16);
+  for (int e = 0; e < 256; ++e) {
+    int half = (e / 32) % 2;
+    g.codes[e] = (qs[(e / 64) * 32 + e % 32] >> (4 * half)) & 15;
+    if (five) g.codes[e] |= static_cast<uint8_t>(((qh[e % 32] >> (e / 32)) & 1) << 4);
+  }
+}
+
+void read_q6_k(const uint8_t* b, Group& g) {
+  const uint8_t *ql = b, *qh = b + 128;
+  for (int e = 0; e < 256; ++e) {
+    int n = e / 128, part = (e / 32) % 4, l = e % 32;
+    int low = (ql[n * 64 + (part % 2) * 32 + l] >> (part / 2 * 4)) & 15;
+    int high = (qh[n * 32 + l] >> (2 * part)) & 3;
+    g.codes[e] = static_cast<uint8_t>(low | (high << 4));
+  }
+  for (int i = 0; i < 16; ++i) g.sub[i] = static_cast<int8_t>(b[192 + i]);
+  g.scale = half_at(b + 208);
+}
+
+void read_iq4_xs(const uint8_t* b, Group& g) {
+  g.scale = half_at(b);
+  int high = half_at(b + 2);
+  for (int j = 0; j < 8; ++j) {
+    int low = (b[4 + j / 2] >> (4 * (j % 2))) & 15;
+    g.sub[j] = static_cast<int8_t>((low | (((high >> (2 * j)) & 3) << 4)) - 32);
+    nibbles_32(b + 8 + 16 * j, g.codes + 32 * j);
+  }
+}
+
+Group read_group(WeightFormat format, const uint8_t* b) {
+  Group g;
+  switch (format) {
+    case WeightFormat::Q4_0: case WeightFormat::IQ4_NL:
+      g.scale = half_at(b);
+      nibbles_32(b + 2, g.codes);
+      break;
+    case WeightFormat::Q4_1:
+      g.scale = half_at(b);
+      g.min = half_at(b + 2);
+      nibbles_32(b + 4, g.codes);
+      break;
+    case WeightFormat::Q5_0:
+      g.scale = half_at(b);
+      nibbles_32(b + 6, g.codes);
+      fifth_bits_32(b + 2, g.codes);
+      break;
+    case WeightFormat::Q5_1:
+      g.scale = half_at(b);
+      g.min = half_at(b + 2);
+      nibbles_32(b + 8, g.codes);
+      fifth_bits_32(b + 4, g.codes);
+      break;
+    case WeightFormat::Q8_0:
+      g.scale = half_at(b);
+      for (int i = 0; i < 32; ++i) g.codes[i] = b[2 + i] ^ 0x80;
+      break;
+    case WeightFormat::Q2_K: read_q2_k(b, g); break;
+    case WeightFormat::Q3_K: read_q3_k(b, g); break;
+    case WeightFormat::Q4_K: read_q45_k(b, g, false); break;
+    case WeightFormat::Q5_K: read_q45_k(b, g, true); break;
+    case WeightFormat::Q6_K: read_q6_k(b, g); break;
+    case WeightFormat::IQ4_XS: read_iq4_xs(b, g); break;
+    default: break;
+  }
+  return g;
+}
+
+// Where the parts of a packed group lie.
+struct GroupLayout {
+  int64_t min, sub, sub_min, codes, bytes;
+  explicit GroupLayout(const FormatInfo& f) {
+    int64_t subs = f.group == 256 ? f.group / f.sub * 16 : 0;
+    min = 32;
+    sub = min + (f.has_min ? 32 : 0);
+    sub_min = sub + subs;
+    codes = sub_min + (f.has_min ? subs : 0);
+    bytes = codes + f.group / 32 * step_bytes(f.bits);
+  }
+};
+
+void put_half(uint8_t* p, uint16_t h) {
+  p[0] = static_cast<uint8_t>(h);
+  p[1] = static_cast<uint8_t>(h >> 8);
+}
+
+// Lane `r` of one step: 32 codes into the planes.
+void put_step(int bits, const uint8_t* codes, int r, uint8_t* out) {
+  for (int c = 0; c < 32; ++c) {
+    int word = c / 4, byte = r * 4 + c % 4;
+    uint8_t* plane = out;
+    if (bits == 8) {
+      plane[word * 64 + byte] = codes[c];
+      continue;
+    }
+    int rest = codes[c];
+    if (bits >= 4) {
+      plane[(word % 4) * 64 + byte] |= static_cast<uint8_t>((rest & 15) << (word / 4 * 4));
+      rest >>= 4;
+      plane += 256;
+    }
+    if (bits == 2 || bits == 3 || bits == 6) {
+      plane[(word / 4) * 64 + byte] |= static_cast<uint8_t>((rest & 3) << (2 * (word % 4)));
+      rest >>= 2;
+      plane += 128;
+    }
+    if (bits == 3 || bits == 5) plane[byte] |= static_cast<uint8_t>((rest & 1) << word);
+  }
+}
+
+uint8_t get_code(int bits, const uint8_t* step, int r, int c) {
+  int word = c / 4, byte = r * 4 + c % 4, code = 0, shift = 0;
+  if (bits == 8) return step[word * 64 + byte];
+  if (bits >= 4) {
+    code = (step[(word % 4) * 64 + byte] >> (word / 4 * 4)) & 15;
+    step += 256;
+    shift = 4;
+  }
+  if (bits == 2 || bits == 3 || bits == 6) {
+    code |= ((step[(word / 4) * 64 + byte] >> (2 * (word % 4))) & 3) << shift;
+    step += 128;
+    shift += 2;
+  }
+  if (bits == 3 || bits == 5) code |= ((step[byte] >> word) & 1) << shift;
+  return static_cast<uint8_t>(code);
+}
+
+void put_group(const FormatInfo& f, const Group& g, int r, uint8_t* out) {
+  GroupLayout at(f);
+  put_half(out + 2 * r, g.scale);
+  if (f.has_min) put_half(out + at.min + 2 * r, g.min);
+  if (f.group == 256)
+    for (int j = 0; j < f.group / f.sub; ++j) {
+      out[at.sub + 16 * j + r] = static_cast<uint8_t>(g.sub[j]);
+      if (f.has_min) out[at.sub_min + 16 * j + r] = static_cast<uint8_t>(g.sub_min[j]);
+    }
+  for (int s = 0; s < f.group / 32; ++s) put_step(f.bits, g.codes + 32 * s, r, out + at.codes + s * step_bytes(f.bits));
+}
+
+Group get_group(const FormatInfo& f, const uint8_t* in, int r) {
+  GroupLayout at(f);
+  Group g;
+  g.scale = half_at(in + 2 * r);
+  if (f.has_min) g.min = half_at(in + at.min + 2 * r);
+  if (f.group == 256)
+    for (int j = 0; j < f.group / f.sub; ++j) {
+      g.sub[j] = static_cast<int8_t>(in[at.sub + 16 * j + r]);
+      if (f.has_min) g.sub_min[j] = static_cast<int8_t>(in[at.sub_min + 16 * j + r]);
+    }
+  for (int c = 0; c < f.group; ++c)
+    g.codes[c] = get_code(f.bits, in + at.codes + c / 32 * step_bytes(f.bits), r, c % 32);
+  return g;
+}
+
+// NOTE: this file is compiled without contraction: a fused multiply-add would not be GGUF's value.
+void group_floats(const FormatInfo& f, const Group& g, float* out) {
+  float scale = half_to_float(g.scale), min = half_to_float(g.min);
+  for (int c = 0; c < f.group; ++c) {
+    int code = (f.table ? kIq4Table[g.codes[c]] : g.codes[c]) - f.zero;
+    float d = f.group == 256 ? scale * static_cast<float>(g.sub[c / f.sub]) : scale;
+    float w = d * static_cast<float>(code);
+    if (f.has_min) w = f.group == 256 ? w - min * static_cast<float>(g.sub_min[c / f.sub]) : w + min;
+    out[c] = w;
+  }
+}
+
+float float_at(WeightFormat format, const uint8_t* p) {
+  if (format == WeightFormat::F16) return half_to_float(half_at(p));
+  if (format == WeightFormat::BF16) return bf16_to_float(half_at(p));
+  float v;
+  memcpy(&v, p, 4);
+  return v;
+}
+
+// Where element (row r of 16, column c) of a float panel lies.
+int64_t float_offset(WeightFormat format, int r, int64_t c) {
+  if (format == WeightFormat::BF16) return ((c / 2 * 16 + r) * 2 + c % 2) * 2;
+  return (c * 16 + r) * (format == WeightFormat::F32 ? 4 : 2);
+}
+
+}  // namespace
+
+// The sixteen levels of IQ4, plus 128.
+const uint8_t kIq4Table[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+
+const FormatInfo& format_info(WeightFormat format) { return kFormats[static_cast<int>(format)]; }
+
+WeightFormat format_from_name(const std::string& name) {
+  for (int i = 0; i < kNumFormats; ++i)
+    if (name == kFormats[i].name) return static_cast<WeightFormat>(i);
+  throw std::invalid_argument("format: unknown weight format '" + name + "'");
+}
+
+int64_t panel_bytes(WeightFormat format, int64_t cols) {
+  const FormatInfo& f = format_info(format);
+  if (f.bits) return cols / f.group * GroupLayout(f).bytes;
+  return format == WeightFormat::F32 ? cols * 64 : (cols + 1) / 2 * 64;
+}
+
+int64_t row_bytes(WeightFormat format, int64_t cols) {
+  const FormatInfo& f = format_info(format);
+  return cols / f.block_len * f.block_bytes;
+}
+
+void pack_panel(PackedWeight& weight, int64_t p, const uint8_t* raw) {
+  const FormatInfo& f = format_info(weight.format);
+  uint8_t* out = weight.panel(p);
+  int64_t stride = row_bytes(weight.format, weight.cols), group_bytes = f.bits ? GroupLayout(f).bytes : 0;
+  for (int r = 0; r < 16 && p * 16 + r < weight.rows; ++r) {
+    const uint8_t* row = raw + (p * 16 + r) * stride;
+    if (!f.bits) {
+      for (int64_t c = 0; c < weight.cols; ++c)
+        memcpy(out + float_offset(weight.format, r, c), row + c * f.block_bytes, static_cast<size_t>(f.block_bytes));
+      continue;
+    }
+    for (int64_t g = 0; g < weight.cols / f.group; ++g)
+      put_group(f, read_group(weight.format, row + g * f.block_bytes), r, out + g * group_bytes);
+  }
+}
+
+void dequantize_row(WeightFormat format, const uint8_t* raw, int64_t cols, float* out) {
+  const FormatInfo& f = format_info(format);
+  if (!f.bits) {
+    for (int64_t c = 0; c < cols; ++c) out[c] = float_at(format, raw + c * f.block_bytes);
+    return;
+  }
+  for (int64_t g = 0; g < cols / f.group; ++g) group_floats(f, read_group(format, raw + g * f.block_bytes), out + g * f.group);
+}
+
+void unpack_row(const PackedWeight& weight, int64_t row, float* out) {
+  const FormatInfo& f = format_info(weight.format);
+  const uint8_t* panel = weight.panel(row / 16);
+  int r = static_cast<int>(row % 16);
+  if (!f.bits) {
+    for (int64_t c = 0; c < weight.cols; ++c) out[c] = float_at(weight.format, panel + float_offset(weight.format, r, c));
+    return;
+  }
+  int64_t group_bytes = GroupLayout(f).bytes;
+  for (int64_t g = 0; g < weight.cols / f.group; ++g) group_floats(f, get_group(f, panel + g * group_bytes, r), out + g * f.group);
+}
+
+}  // namespace headrace

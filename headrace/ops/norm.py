@@ -1,0 +1,72 @@
+"""rms_norm(x [tokens, dim], weight [dim]) -> [tokens, dim]
+
+    y[t, i] = x[t, i] * weight[i] / sqrt(mean_j(x[t, j]^2) + eps)
+
+Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from headrace.errors import ArgumentError
+from headrace.kernels.cpu.arrays import dtype_name, shape_of
+from headrace.ops.select import Kernel, Request, Traffic, choose
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def rms_norm(
+    x: Any, weight: Any, *, eps: float = 1e-6, out: Any = None, out_dtype: str | None = None, kernel: str | None = None
+) -> Any:
+    """Rows of x scaled to unit root mean square, times weight.
+
+    x: [tokens, dim] float32, float16 or bfloat16; weight: [dim] float32; out: the like of x in `out_dtype` (x's own when
+    not given), written in place when given. Arithmetic is float32. Raises ArgumentError for shapes and dtypes that do
+    not fit, KernelError when the kernel asked for cannot run.
+    """
+    shape = shape_of(x, "x")
+    out_dtype = out_dtype or dtype_name(x if out is None else out)
+    asked = request(shape, dtype_name(x), out_dtype)
+    _check(asked, shape_of(weight, "weight"), eps)
+    return choose(kernels(), asked, kernel).run(x, weight, float(eps), out, out_dtype)
+
+
+def reference(x: np.ndarray, weight: np.ndarray, eps: float = 1e-6) -> np.ndarray:
+    """The formula in float64."""
+    x = x.astype(np.float64)
+    return x * weight.astype(np.float64) / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def request(shape: tuple[int, ...], dtype: str = "float32", out_dtype: str = "float32") -> Request:
+    """The request of a call, from its shape alone: x and y cross memory once, 4 operations per element."""
+    elements = math.prod(shape)
+    width = {"float32": 4}
+    num_bytes = elements * (width.get(dtype, 2) + width.get(out_dtype, 2)) + 4 * (shape[-1] if shape else 0)
+    return Request("rms_norm", {"x": shape}, {"x": dtype, "out": out_dtype}, Traffic(num_bytes, 4 * elements))
+
+
+def _check(asked: Request, weight_shape: tuple[int, ...], eps: float) -> None:
+    shape = asked.shapes["x"]
+    if len(shape) != 2 or shape[1] < 1:
+        raise ArgumentError(f"x: expected [tokens, dim] with dim >= 1, got {list(shape)}", "x.reshape(-1, dim)")
+    if weight_shape != shape[1:]:
+        raise ArgumentError(f"weight: expected [{shape[1]}], got {list(weight_shape)}")
+    for name, dtype in asked.dtypes.items():
+        if dtype not in DTYPES:
+            raise ArgumentError(f"{name}: expected a dtype among {', '.join(DTYPES)}, got {dtype}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ArgumentError(f"eps: expected a finite number >= 0, got {eps}")
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    """The kernels of this op, imported when first asked for."""
+    from headrace.kernels.cpu import norm
+    from headrace.ops.per_isa import per_isa
+
+    return per_isa(norm.run)

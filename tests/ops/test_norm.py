@@ -1,0 +1,90 @@
+"""rms_norm: every kernel x every case x every type, inside the error budget."""
+
+import itertools
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from headrace.check import cases
+from headrace.check.compare import assert_within_budget, poisoned, rounded
+from headrace.errors import ArgumentError, KernelError
+from headrace.kernels import cpu
+from headrace.ops import norm
+from headrace.ops.select import explain
+
+TYPES = list(itertools.product(norm.DTYPES, norm.DTYPES))
+
+
+def straightforward(x, weight, eps, out_dtype):
+    x = x.astype(np.float32)
+    scale = 1 / np.sqrt(np.mean(x * x, axis=-1, keepdims=True, dtype=np.float32) + np.float32(eps))
+    return rounded(x * scale * weight, out_dtype)
+
+
+@pytest.mark.parametrize("dtype,out_dtype", TYPES)
+@pytest.mark.parametrize("case", cases.NORM, ids=lambda case: case.name)
+@pytest.mark.parametrize("kernel", norm.kernels(), ids=lambda kernel: kernel.name)
+def test_kernel_is_within_budget(kernel, case, dtype, out_dtype):
+    reasons = kernel.why_not(norm.request((case.tokens, case.dim), dtype, out_dtype))
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    random = np.random.default_rng(case.dim)
+    x = rounded(random.standard_normal((case.tokens, case.dim)) * case.scale, dtype)
+    weight = random.standard_normal(case.dim).astype(np.float32)
+    out = poisoned(x.shape, out_dtype)
+    norm.rms_norm(x, weight, eps=1e-5, out=out, kernel=kernel.name)
+    exact = norm.reference(x, weight, 1e-5)
+    assert_within_budget(out, exact, straightforward(x, weight, 1e-5, out_dtype), out_dtype)
+
+
+def test_rows_may_be_strided():
+    wide = np.random.default_rng(0).standard_normal((6, 100)).astype(np.float32)
+    x, weight = wide[::2, 10:90], np.ones(80, np.float32)
+    assert np.array_equal(norm.rms_norm(x, weight), norm.rms_norm(x.copy(), weight))
+
+
+def test_torch_arrays_come_back_as_torch():
+    torch = pytest.importorskip("torch")
+    x = torch.randn(3, 64).to(torch.bfloat16)
+    y = norm.rms_norm(x, torch.ones(64))
+    assert isinstance(y, torch.Tensor) and y.dtype == torch.bfloat16
+    x_numpy = x.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    expected = norm.rms_norm(x_numpy, np.ones(64, np.float32))
+    assert np.array_equal(y.view(torch.uint16).numpy(), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    "arguments,text",
+    [
+        (dict(x=np.zeros((2, 3, 4), np.float32)), "x: expected [tokens, dim]"),
+        (dict(x=np.zeros((2, 0), np.float32)), "x: expected [tokens, dim]"),
+        (dict(weight=np.zeros(7, np.float32)), "weight: expected [8]"),
+        (dict(weight=np.zeros(8, np.float64)), "weight: expected float32"),
+        (dict(x=np.zeros((2, 8), np.int32)), "x: expected a dtype"),
+        (dict(x=np.zeros((2, 16), np.float32)[:, ::2]), "contiguous inner dimensions"),
+        (dict(x=[[1.0]]), "x: expected an array"),
+        (dict(eps=float("nan")), "eps: expected a finite number"),
+        (dict(out=np.zeros((3, 8), np.float32)), "out: expected [2, 8]"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, text):
+    call = {"x": np.ones((2, 8), np.float32), "weight": np.ones(8, np.float32)} | arguments
+    with pytest.raises(ArgumentError) as caught:
+        norm.rms_norm(call.pop("x"), call.pop("weight"), **call)
+    assert text in str(caught.value)
+
+
+def test_a_named_kernel_never_falls_back():
+    x, weight = np.ones((1, 8), np.float32), np.ones(8, np.float32)
+    with cpu.limit_isa("avx2"), pytest.raises(KernelError, match="cannot run.*needs avx512"):
+        norm.rms_norm(x, weight, kernel="cpu_avx512")
+    with pytest.raises(KernelError, match="none named 'gpu'"):
+        norm.rms_norm(x, weight, kernel="gpu")
+
+
+def test_explain_names_the_kernel_that_choose_takes():
+    with cpu.limit_isa("portable"):
+        told = explain(norm.kernels(), norm.request((4, 64)))
+    assert told.chosen == "cpu_portable"
+    assert "cpu_avx2" in told.rejected and "needs avx2" in str(told)
