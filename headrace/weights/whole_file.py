@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from headrace.errors import ArgumentError, CapacityError
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
@@ -41,6 +41,6 @@ def whole_file(target: Path) -> Iterator[BinaryIO]:
 
 def disk_error(target: Path, error: OSError) -> CapacityError | ArgumentError:
     """The error for a failed write to `target`."""
-    if error.errno in _NO_SPACE:
+    if error.errno in NO_SPACE:
         return CapacityError(f"{target}: {error.strerror}", hint=f"free some space in {target.parent}")
     return ArgumentError(f"{target}: cannot be written: {error.strerror or error}")

@@ -92,10 +92,10 @@ def test_sizes() -> None:
 
 @pytest.mark.parametrize("raw", [np.zeros(19, np.uint8), np.zeros(18, np.int8), np.zeros((), np.uint8)])
 def test_bytes_that_are_no_blocks_are_refused(raw: np.ndarray) -> None:
-    with pytest.raises(ArgumentError, match="raw: expected uint8 .* multiple of 18"):
+    with pytest.raises(ArgumentError, match=r"raw: expected uint8 .* multiple of 18"):
         dequantize(raw, "Q4_0")
 
 
 def test_an_unknown_format_is_refused_with_the_list() -> None:
-    with pytest.raises(UnsupportedError, match="IQ2_XXS.*\n.*supported: F32, F16"):
+    with pytest.raises(UnsupportedError, match=r"IQ2_XXS.*\n.*supported: F32, F16"):
         dequantize(np.zeros(66, np.uint8), "IQ2_XXS")
