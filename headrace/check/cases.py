@@ -29,3 +29,27 @@ NORM = (
     NormCase("huge_values", 5, 127, 1e4),
     NormCase("no_tokens", 0, 64),
 )
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """Columns are rounded up to the format's block."""
+
+    name: str
+    tokens: int
+    rows: int
+    cols: int
+
+
+LINEAR = (
+    LinearCase("one", 1, 1, 1),
+    LinearCase("below_panel", 1, 15, 32),
+    LinearCase("panel", 2, 16, 64),
+    LinearCase("over_panel", 3, 17, 96),
+    LinearCase("prime_tokens", 7, 48, 256),
+    LinearCase("tile", 8, 33, 512),
+    LinearCase("over_tile", 9, 31, 288),
+    LinearCase("default_model_output", 1, 576, 576),
+    LinearCase("prefill", 29, 80, 1536),
+    LinearCase("no_tokens", 0, 16, 32),
+)

@@ -24,7 +24,7 @@ def isa() -> str:
     return min(best_isa(), _limits[-1], key=ISAS.index)
 
 
-class limit_isa:  # noqa: N801 - reads as a function: limit_isa("avx2")
+class limit_isa:
     """Keeps kernels at or below an instruction set, from now on; as a context manager, until the block ends.
 
     The level: "portable", "avx2", "avx512" or "amx". What was recorded before keeps its kernels.
@@ -38,7 +38,9 @@ class limit_isa:  # noqa: N801 - reads as a function: limit_isa("avx2")
     def __enter__(self) -> limit_isa:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         _limits.pop()
 
 

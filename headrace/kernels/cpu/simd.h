@@ -68,6 +68,10 @@ static inline uint16_t float_to_bf16(float f) {
 
 #if defined(HEADRACE_AVX512)
 
+// NOTE: gcc 12 gives the unmasked intrinsics an uninitialized operand and then, in some loops, takes the whole result
+// for undefined and deletes the code that computes it. The masked forms with all lanes on are the same instructions.
+constexpr __mmask16 kAllLanes = 0xffff;
+
 struct Floats { __m512 v; };
 struct Ints { __m512i v; };
 struct Bytes { __m512i v; };
@@ -80,62 +84,62 @@ static inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u <
 static inline Floats load_some(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
 static inline void store_some(float* p, Floats a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
 static inline Floats load_half(const uint16_t* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+  return {_mm512_maskz_cvtph_ps(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 static inline void store_half(uint16_t* p, Floats a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kAllLanes, a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 static inline Floats load_bf16(const uint16_t* p) {
-  __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  __m512i wide = _mm512_maskz_cvtepu16_epi32(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAllLanes, wide, 16))};
 }
 static inline void store_bf16(uint16_t* p, Floats a) {
   __m512i bits = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+  __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(kAllLanes, bits, 16), one);
   __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
   __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtepi32_epi16(kAllLanes, _mm512_maskz_srli_epi32(kAllLanes, rounded, 16)));
 }
 static inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 static inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 static inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-static inline Floats maximum(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
-static inline Floats minimum(Floats a, Floats b) { return {_mm512_min_ps(a.v, b.v)}; }
+static inline Floats maximum(Floats a, Floats b) { return {_mm512_maskz_max_ps(kAllLanes, a.v, b.v)}; }
+static inline Floats minimum(Floats a, Floats b) { return {_mm512_maskz_min_ps(kAllLanes, a.v, b.v)}; }
 static inline Floats absolute(Floats a) { return {_mm512_abs_ps(a.v)}; }
-static inline Floats round_even(Floats a) { return {_mm512_roundscale_ps(a.v, 0)}; }
+static inline Floats round_even(Floats a) { return {_mm512_maskz_roundscale_ps(kAllLanes, a.v, 0)}; }
 // a where x < limit, else b
 static inline Floats select_less(Floats x, Floats limit, Floats a, Floats b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), b.v, a.v)};
 }
-static inline Floats times_power_of_two(Floats a, Floats n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+static inline Floats times_power_of_two(Floats a, Floats n) { return {_mm512_maskz_scalef_ps(kAllLanes, a.v, n.v)}; }
 static inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
 static inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
 static inline void store_int8(int8_t* p, Floats a) {  // rounded, saturated
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a.v)));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtsepi32_epi8(kAllLanes, _mm512_maskz_cvtps_epi32(kAllLanes, a.v)));
 }
 static inline Floats load_int8(const int8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  return {_mm512_maskz_cvtepi32_ps(kAllLanes, _mm512_maskz_cvtepi8_epi32(kAllLanes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 static inline Floats load_uint8(const uint8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+  return {_mm512_maskz_cvtepi32_ps(kAllLanes, _mm512_maskz_cvtepu8_epi32(kAllLanes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
 }
 
 static inline Ints broadcast_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
-static inline Floats to_floats(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+static inline Floats to_floats(Ints a) { return {_mm512_maskz_cvtepi32_ps(kAllLanes, a.v)}; }
 
 static inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 static inline void store_bytes(uint8_t* p, Bytes a) { _mm512_storeu_si512(p, a.v); }
 static inline Bytes broadcast_byte(uint8_t x) { return {_mm512_set1_epi8(static_cast<char>(x))}; }
 // Byte b of every lane, as numbers.
 static inline Floats byte_of_lanes(Bytes a, int b) {
-  __m512i bytes = _mm512_and_si512(_mm512_srlv_epi32(a.v, _mm512_set1_epi32(8 * b)), _mm512_set1_epi32(255));
-  return {_mm512_cvtepi32_ps(bytes)};
+  __m512i bytes = _mm512_and_si512(_mm512_maskz_srlv_epi32(kAllLanes, a.v, _mm512_set1_epi32(8 * b)), _mm512_set1_epi32(255));
+  return {_mm512_maskz_cvtepi32_ps(kAllLanes, bytes)};
 }
 // Two bf16 in every lane.
-static inline Floats low_bf16(Bytes a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+static inline Floats low_bf16(Bytes a) { return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAllLanes, a.v, 16))}; }
 static inline Floats high_bf16(Bytes a) {
   return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
@@ -145,7 +149,7 @@ static inline Bytes bits_or(Bytes a, Bytes b) { return {_mm512_or_si512(a.v, b.v
 template <int n> static inline Bytes shift_right(Bytes a) { return {_mm512_srli_epi16(a.v, n)}; }
 template <int n> static inline Bytes shift_left(Bytes a) { return {_mm512_slli_epi16(a.v, n)}; }
 static inline Bytes lookup(const uint8_t table[16], Bytes nibbles) {
-  __m512i t = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+  __m512i t = _mm512_maskz_broadcast_i32x4(kAllLanes, _mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   return {_mm512_shuffle_epi8(t, nibbles.v)};
 }
 // acc[lane] += sum over the lane's four bytes of u * four; u any uint8.

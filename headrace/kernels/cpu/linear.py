@@ -1,0 +1,55 @@
+"""linear on the CPU: packed panels of 16 weight rows against tiles of up to 8 activation rows.
+
+Native: linear.h, weight.h.
+
+Quantized weights meet activations in int8, one scale per 32 columns, and are summed exactly in int32 between scales;
+float weights meet float32. Wins always. Bound: at one token the weights' bytes, each read once and in order; with many
+tokens the dot instructions, of which 8 of 11 multiply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from headrace.kernels import cpu
+from headrace.kernels.cpu import _native as native
+from headrace.kernels.cpu.arrays import as_tensor, empty_like, runner_of
+
+PackedWeight = native.PackedWeight
+
+
+def pack(raw: np.ndarray, format_name: str, rows: int, cols: int, pool: native.Pool | None = None) -> PackedWeight:
+    """The matrix in panels, from the bytes a file holds."""
+    return native.pack(pool or cpu.default_pool(), format_name, rows, cols, raw)
+
+
+def run(
+    level: str,
+    x: Any,
+    weights: Sequence[PackedWeight],
+    biases: Sequence[Any],
+    residual: Any,
+    outs: Sequence[Any] | None,
+    exact: bool,
+) -> list[Any]:
+    outs = outs or [empty_like(x, (x.shape[0], weight.shape[0]), "float32") for weight in weights]
+    parts = [
+        native.LinearPart(
+            weight,
+            as_tensor(out, "out"),
+            None if bias is None else as_tensor(bias, "bias"),
+            None if residual is None else as_tensor(residual, "residual"),
+        )
+        for weight, bias, out in zip(weights, biases, outs, strict=True)
+    ]
+    native.linear(runner_of(x), level, as_tensor(x, "x"), parts, exact)
+    return list(outs)
+
+
+def run_gated(level: str, x: Any, gate: PackedWeight, up: PackedWeight, out: Any, exact: bool) -> Any:
+    out = empty_like(x, (x.shape[0], gate.shape[0]), "float32") if out is None else out
+    native.linear_gated(runner_of(x), level, as_tensor(x, "x"), gate, up, as_tensor(out, "out"), exact)
+    return out

@@ -1,0 +1,164 @@
+"""linear: every kernel x every weight format x every case, inside the error budget; packing is bit for bit."""
+
+import numpy as np
+import pytest
+
+from headrace.check import cases
+from headrace.check.blocks import random_matrix
+from headrace.check.compare import assert_within_budget, poisoned, rounded
+from headrace.errors import ArgumentError, KernelError
+from headrace.kernels import cpu
+from headrace.kernels.cpu import _native as native
+from headrace.ops import linear as op
+from headrace.ops.formats import FORMATS, dequantize
+
+X = np.ones((1, 32), np.float32)
+EACH_KERNEL = pytest.mark.parametrize("kernel", op.kernels(), ids=lambda kernel: kernel.name)
+EACH_CASE = pytest.mark.parametrize("case", cases.LINEAR, ids=lambda case: case.name)
+EACH_FORMAT = pytest.mark.parametrize("name", FORMATS)
+
+
+def matrix(name, case, seed=0):
+    """The raw bytes of a random matrix, and its packed form."""
+    block = FORMATS[name].block_len
+    cols = -(-case.cols // block) * block
+    raw = random_matrix(name, case.rows, cols, np.random.default_rng(seed))
+    return raw, op.pack(raw, name, (case.rows, cols)), cols
+
+
+def skip_unless_able(kernel, request):
+    reasons = kernel.why_not(request)
+    if reasons:
+        pytest.skip("; ".join(reasons))
+
+
+def straightforward(x, raw, name, precision):
+    """float32 products added one after the other, with int8 activations where the format is quantized."""
+    quantized = name not in op.FLOAT_FORMATS and precision != "exact"
+    x = op.int8_activations(x) if quantized else x.astype(np.float32)
+    weight = dequantize(raw, name)
+    out = np.empty((len(x), len(weight)), np.float32)
+    for token, row in enumerate(x):
+        out[token] = np.add.accumulate(weight * row, axis=1)[:, -1]
+    return out
+
+
+@EACH_FORMAT
+@EACH_CASE
+@EACH_KERNEL
+@pytest.mark.parametrize("precision", ["auto", "exact"])
+def test_kernel_is_within_budget(kernel, case, name, precision):
+    raw, weight, cols = matrix(name, case)
+    skip_unless_able(kernel, op.request(case.tokens, [(name, case.rows, cols)], precision=precision))
+    random = np.random.default_rng(1)
+    x = random.standard_normal((case.tokens, cols)).astype(np.float32)
+    bias = random.standard_normal(case.rows).astype(np.float32)
+    residual = random.standard_normal((case.tokens, case.rows)).astype(np.float32)
+    out = poisoned((case.tokens, case.rows), "float32")
+    op.linear(x, weight, bias=bias, residual=residual, out=out, precision=precision, kernel=kernel.name)
+    exact = op.reference(x, raw, name) + bias.astype(np.float64) + residual
+    assert_within_budget(out, exact, straightforward(x, raw, name, precision) + bias + residual, "float32")
+
+
+@EACH_FORMAT
+@EACH_KERNEL
+def test_gated_is_within_budget(kernel, name):
+    case = cases.LinearCase("gated", 9, 40, 256)
+    (gate_raw, gate, cols), (up_raw, up, _) = matrix(name, case, 2), matrix(name, case, 3)
+    skip_unless_able(kernel, op.request(case.tokens, [(name, case.rows, cols)]))
+    x = np.random.default_rng(4).standard_normal((case.tokens, cols)).astype(np.float32)
+    out = poisoned((case.tokens, case.rows), "float32")
+    op.linear_gated(x, gate, up, out=out, kernel=kernel.name)
+
+    def gated(g, u):
+        return g / (1 + np.exp(-g)) * u
+
+    exact = gated(op.reference(x, gate_raw, name), op.reference(x, up_raw, name))
+    low = gated(straightforward(x, gate_raw, name, "auto"), straightforward(x, up_raw, name, "auto"))
+    assert_within_budget(out, exact, low, "float32")
+
+
+@EACH_FORMAT
+def test_packing_keeps_every_bit(name):
+    raw, weight, cols = matrix(name, cases.LinearCase("bits", 1, 37, 512))
+    expected = dequantize(raw, name)
+    unpacked, from_file = np.empty_like(expected), np.empty_like(expected)
+    weight.unpack(unpacked)
+    native.dequantize(name, 37, cols, raw.reshape(-1), from_file)
+    assert np.array_equal(unpacked.view(np.uint32), expected.view(np.uint32))
+    assert np.array_equal(from_file.view(np.uint32), expected.view(np.uint32))
+
+
+@EACH_FORMAT
+def test_a_token_does_not_depend_on_its_neighbours(name):
+    _, weight, cols = matrix(name, cases.LinearCase("alone", 1, 48, 512))
+    x = np.random.default_rng(5).standard_normal((21, cols)).astype(np.float32)
+    together = op.linear(x, weight)
+    for token in (0, 7, 8, 12, 20):
+        assert np.array_equal(op.linear(x[token : token + 1], weight)[0], together[token])
+
+
+@EACH_FORMAT
+def test_threads_give_the_same_bits(name):
+    raw, weight, cols = matrix(name, cases.LinearCase("threads", 1, 100, 512))
+    x = np.random.default_rng(6).standard_normal((5, cols)).astype(np.float32)
+    outs = []
+    for threads in (1, 2, 3):
+        out = poisoned((5, 100), "float32")
+        part = native.LinearPart(weight, native.wrap(out, "float32"), None, None)
+        native.linear(native.Pool(threads), cpu.isa(), native.wrap(x, "float32"), [part], False)
+        outs.append(out)
+    assert np.array_equal(outs[0], outs[1]) and np.array_equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bit_activations_are_widened(dtype):
+    _, weight, cols = matrix("F32", cases.LinearCase("wide", 1, 20, 40))
+    x = rounded(np.random.default_rng(7).standard_normal((3, cols)), dtype)
+    assert np.array_equal(op.linear(x, weight), op.linear(x.astype(np.float32), weight))
+
+
+def test_many_shares_one_x():
+    shapes = [("Q4_1", 40), ("Q6_K", 16), ("F16", 24)]
+    packed = [matrix(name, cases.LinearCase("many", 1, rows, 512), i)[1] for i, (name, rows) in enumerate(shapes)]
+    x = np.random.default_rng(8).standard_normal((4, 512)).astype(np.float32)
+    for got, weight in zip(op.linear_many(x, packed), packed, strict=True):
+        assert np.array_equal(got, op.linear(x, weight))
+
+
+def test_activations_of_zero_and_of_huge_range():
+    raw, weight, cols = matrix("Q4_0", cases.LinearCase("range", 1, 16, 64))
+    x = np.zeros((2, cols), np.float32)
+    x[1, 3] = 3e38
+    got = op.linear(x, weight)
+    assert np.all(got[0] == 0) and np.all(np.isfinite(got[1]) | np.isinf(got[1]))
+
+
+@pytest.mark.parametrize(
+    "call,text",
+    [
+        (lambda w: op.linear(np.ones((1, 33), np.float32), w), "x: expected [tokens, 32]"),
+        (lambda w: op.linear(np.ones((1, 32), np.int8), w), "x: expected a dtype"),
+        (lambda w: op.linear(X, np.ones((4, 32))), "weight: expected packed"),
+        (lambda w: op.linear(X, w, precision="half"), "precision: expected"),
+        (lambda w: op.linear(X, w, bias=np.ones(5, np.float32)), "bias: expected [4]"),
+        (
+            lambda w: op.linear(X, w, residual=np.ones((1, 5), np.float32)),
+            "residual: expected",
+        ),
+        (lambda w: op.pack(np.zeros(10, np.uint8), "Q4_0", (1, 32)), "raw: expected 1 rows of 18 bytes"),
+        (lambda w: op.pack(np.zeros(18, np.uint8), "Q4_0", (1, 33)), "shape: expected rows of a multiple of 32"),
+        (lambda w: op.pack(np.zeros(18, np.uint8), "Q9", (1, 32)), "format_name: expected one of"),
+    ],
+)
+def test_bad_arguments_are_named(call, text):
+    weight = op.pack(np.zeros(4 * 18, np.uint8), "Q4_0", (4, 32))
+    with pytest.raises(ArgumentError) as caught:
+        call(weight)
+    assert text in str(caught.value)
+
+
+def test_a_named_kernel_never_falls_back():
+    weight = op.pack(np.zeros(18, np.uint8), "Q4_0", (1, 32))
+    with cpu.limit_isa("portable"), pytest.raises(KernelError, match="needs avx2"):
+        op.linear(X, weight, kernel="cpu_avx2")
