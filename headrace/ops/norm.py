@@ -26,8 +26,8 @@ def rms_norm(
     """Rows of x scaled to unit root mean square, times weight.
 
     x: [tokens, dim] float32, float16 or bfloat16; weight: [dim] float32; out: the like of x in `out_dtype` (x's own
-    when not given), written in place when given. Arithmetic is float32. Raises ArgumentError for shapes and dtypes that do
-    not fit, KernelError when the kernel asked for cannot run.
+    when not given), written in place when given. Arithmetic is float32. Raises ArgumentError for shapes and dtypes
+    that do not fit, KernelError when the kernel asked for cannot run.
     """
     shape = shape_of(x, "x")
     out_dtype = out_dtype or dtype_name(x if out is None else out)

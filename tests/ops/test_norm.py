@@ -57,15 +57,15 @@ def test_torch_arrays_come_back_as_torch():
 @pytest.mark.parametrize(
     "arguments,text",
     [
-        (dict(x=np.zeros((2, 3, 4), np.float32)), "x: expected [tokens, dim]"),
-        (dict(x=np.zeros((2, 0), np.float32)), "x: expected [tokens, dim]"),
-        (dict(weight=np.zeros(7, np.float32)), "weight: expected [8]"),
-        (dict(weight=np.zeros(8, np.float64)), "weight: expected float32"),
-        (dict(x=np.zeros((2, 8), np.int32)), "x: expected a dtype"),
-        (dict(x=np.zeros((2, 16), np.float32)[:, ::2]), "contiguous inner dimensions"),
-        (dict(x=[[1.0]]), "x: expected an array"),
-        (dict(eps=float("nan")), "eps: expected a finite number"),
-        (dict(out=np.zeros((3, 8), np.float32)), "out: expected [2, 8]"),
+        ({"x": np.zeros((2, 3, 4), np.float32)}, "x: expected [tokens, dim]"),
+        ({"x": np.zeros((2, 0), np.float32)}, "x: expected [tokens, dim]"),
+        ({"weight": np.zeros(7, np.float32)}, "weight: expected [8]"),
+        ({"weight": np.zeros(8, np.float64)}, "weight: expected float32"),
+        ({"x": np.zeros((2, 8), np.int32)}, "x: expected a dtype"),
+        ({"x": np.zeros((2, 16), np.float32)[:, ::2]}, "contiguous inner dimensions"),
+        ({"x": [[1.0]]}, "x: expected an array"),
+        ({"eps": float("nan")}, "eps: expected a finite number"),
+        ({"out": np.zeros((3, 8), np.float32)}, "out: expected [2, 8]"),
     ],
 )
 def test_bad_arguments_are_named(arguments, text):
