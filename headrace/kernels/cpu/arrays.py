@@ -6,6 +6,7 @@ That happens here and nowhere else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from headrace.errors import ArgumentError
+from headrace.errors import ArgumentError, CapacityError
 from headrace.kernels import cpu
 from headrace.kernels.cpu import _native as native
 
+_ADDRESSABLE_BYTES = 2**47
 _VIEWS = {np.dtype(ml_dtypes.bfloat16): np.uint16}
 
 
@@ -40,6 +42,40 @@ class Buffer:
         return Buffer(self.tensor.view([self.tensor.shape[0], *shape]), self.program)
 
 
+def program_input(array: np.ndarray, program: native.Program, rows: str) -> Buffer:
+    """An array whose contents change from step to step, at a fixed address; `rows` names what its length follows."""
+    tensor = as_tensor(array, rows)
+    return Buffer(tensor if rows == "fixed" else tensor.follow(rows), program)
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """An array on memory of the runtime's own, in any of its types, for any program and any call."""
+
+    tensor: native.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> str:
+        return self.tensor.dtype
+
+    def numpy(self) -> np.ndarray:
+        """The same memory as a NumPy array."""
+        array = self.tensor.numpy()
+        return array.view(ml_dtypes.bfloat16) if self.dtype == "bfloat16" else array
+
+
+def zeros(shape: Sequence[int], dtype: str) -> Fixed:
+    """A zeroed array on large pages. Memory is taken page by page when first written; CapacityError when there is none."""
+    num_bytes = math.prod(shape) * np.dtype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype).itemsize
+    if num_bytes >= _ADDRESSABLE_BYTES:
+        raise CapacityError(f"memory: expected less than {_ADDRESSABLE_BYTES} bytes for one array, got {num_bytes}")
+    return Fixed(cpu.default_pool().buffer(dtype, "fixed", list(shape)))
+
+
 def dtype_name(array: Any) -> str:
     """The element type's name as NumPy spells it ("float32", "bfloat16", ...), for any array library."""
     return str(array.dtype).removeprefix("torch.")
@@ -47,7 +83,7 @@ def dtype_name(array: Any) -> str:
 
 def as_tensor(array: Any, name: str) -> native.Tensor:
     """A native view of `array`, without a copy."""
-    if isinstance(array, Buffer):
+    if isinstance(array, (Buffer, Fixed)):
         return array.tensor
     dtype = dtype_name(array)
     if isinstance(array, np.ndarray) and array.dtype in _VIEWS:

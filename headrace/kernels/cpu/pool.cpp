@@ -1,4 +1,5 @@
 // The thread pool: workers spin while work is likely, then sleep; chunks are taken from one counter.
+#include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
 
@@ -85,9 +86,24 @@ void Pool::run(const std::vector<std::unique_ptr<Op>>& ops, const Sizes& sizes, 
   failed_.store(false, std::memory_order_relaxed);
   arrived_.store(0, std::memory_order_relaxed);
   next_chunk_.store(num_threads_, std::memory_order_relaxed);
+  if (num_threads_ > 1) keep_workers_off_this_core();
   wake_all();
   take_part(*workers_[0]);
   if (failure_) std::rethrow_exception(failure_);
+}
+
+// A woken worker is often put on the core of the thread that woke it, and then both spin for each other until the
+// system's balancer looks, some 4 ms later. So the workers keep off the caller's core, wherever that is now.
+void Pool::keep_workers_off_this_core() {
+#if defined(__linux__)
+  int core = sched_getcpu();
+  if (core < 0 || core == caller_core_) return;
+  caller_core_ = core;
+  cpu_set_t usable;
+  if (sched_getaffinity(0, sizeof usable, &usable) || CPU_COUNT(&usable) < num_threads_) return;
+  CPU_CLR(core, &usable);
+  for (auto& t : threads_) pthread_setaffinity_np(t.native_handle(), sizeof usable, &usable);
+#endif
 }
 
 void Pool::wake_all() {

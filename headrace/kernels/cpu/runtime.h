@@ -78,6 +78,7 @@ class Pool : public Runner {
   void run_phase(Op& op, int phase, int64_t chunks, Worker& worker);
   void barrier();
   void wake_all();
+  void keep_workers_off_this_core();
   bool wait_for_job(uint64_t seen);
 
   const int num_threads_;
@@ -93,6 +94,7 @@ class Pool : public Runner {
   std::mutex failure_mutex_;
   bool stopping_ = false;
   int sleepers_ = 0;
+  int caller_core_ = -1;
   alignas(64) std::atomic<uint64_t> job_number_{0};
   alignas(64) std::atomic<int64_t> next_chunk_{0};
   alignas(64) std::atomic<int> arrived_{0};

@@ -37,7 +37,7 @@ const FormatInfo kFormats[kNumFormats] = {
 struct Group {
   uint16_t scale = 0, min = 0;  // fp16 bits
   int8_t sub[16] = {}, sub_min[16] = {};
-  uint8_t codes[256] = {};
+  uint8_t codes[256];
 };
 
 uint16_t half_at(const uint8_t* p) { return static_cast<uint16_t>(p[0] | (p[1] << 8)); }
@@ -177,27 +177,33 @@ void put_half(uint8_t* p, uint16_t h) {
   p[1] = static_cast<uint8_t>(h >> 8);
 }
 
-// Lane `r` of one step: 32 codes into the planes.
+// Lane `r` of one step: 32 codes into the planes, four codes (a word) at a time.
 void put_step(int bits, const uint8_t* codes, int r, uint8_t* out) {
-  for (int c = 0; c < 32; ++c) {
-    int word = c / 4, byte = r * 4 + c % 4;
-    uint8_t* plane = out;
-    if (bits == 8) {
-      plane[word * 64 + byte] = codes[c];
-      continue;
+  uint32_t word[8];
+  memcpy(word, codes, sizeof word);
+  auto put = [&](int place, uint32_t value) { memcpy(out + place * 64 + r * 4, &value, 4); };
+  if (bits == 8) {
+    for (int i = 0; i < 8; ++i) put(i, word[i]);
+    return;
+  }
+  if (bits >= 4) {
+    for (int i = 0; i < 4; ++i) put(i, (word[i] & 0x0f0f0f0f) | (word[i + 4] & 0x0f0f0f0f) << 4);
+    for (uint32_t& w : word) w = (w >> 4) & 0x0f0f0f0f;
+    out += 256;
+  }
+  if (bits == 2 || bits == 3 || bits == 6) {
+    for (int j = 0; j < 2; ++j) {
+      uint32_t four = 0;
+      for (int i = 0; i < 4; ++i) four |= (word[4 * j + i] & 0x03030303) << (2 * i);
+      put(j, four);
     }
-    int rest = codes[c];
-    if (bits >= 4) {
-      plane[(word % 4) * 64 + byte] |= static_cast<uint8_t>((rest & 15) << (word / 4 * 4));
-      rest >>= 4;
-      plane += 256;
-    }
-    if (bits == 2 || bits == 3 || bits == 6) {
-      plane[(word / 4) * 64 + byte] |= static_cast<uint8_t>((rest & 3) << (2 * (word % 4)));
-      rest >>= 2;
-      plane += 128;
-    }
-    if (bits == 3 || bits == 5) plane[byte] |= static_cast<uint8_t>((rest & 1) << word);
+    for (uint32_t& w : word) w = (w >> 2) & 0x3f3f3f3f;
+    out += 128;
+  }
+  if (bits == 3 || bits == 5) {
+    uint32_t eight = 0;
+    for (int i = 0; i < 8; ++i) eight |= (word[i] & 0x01010101) << i;
+    put(0, eight);
   }
 }
 

@@ -1,0 +1,107 @@
+"""The parts of a decoder: what weights each needs, and what it computes with the ops.
+
+Everything takes and gives buffers of a program being recorded; x is [tokens, dim] float32 throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from headrace.config import ModelConfig
+from headrace.kernels.cpu.arrays import Buffer
+from headrace.ops.linear import PackedWeight, linear, linear_gated, linear_many
+from headrace.ops.norm import rms_norm
+from headrace.ops.paged_attention import paged_attention
+from headrace.ops.rope import rope_append
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    norm: np.ndarray  # [dim]
+    query: PackedWeight  # [heads * head_dim, dim]
+    key: PackedWeight  # [kv_heads * head_dim, dim]
+    value: PackedWeight  # [kv_heads * value_head_dim, dim]
+    output: PackedWeight  # [dim, heads * value_head_dim]
+    biases: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+    query_norm: np.ndarray | None = None  # [head_dim]
+    key_norm: np.ndarray | None = None  # [head_dim]
+
+
+@dataclass(frozen=True)
+class FeedForwardWeights:
+    norm: np.ndarray  # [dim]
+    gate: PackedWeight  # [ffn_dim, dim]
+    up: PackedWeight  # [ffn_dim, dim]
+    down: PackedWeight  # [dim, ffn_dim]
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    attention: AttentionWeights
+    feed_forward: FeedForwardWeights
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    embedding: PackedWeight  # [vocab, dim]
+    layers: tuple[LayerWeights, ...]
+    norm: np.ndarray  # [dim]
+    head: PackedWeight  # [vocab, dim]; the embedding itself when tied
+    rope_factors: np.ndarray | None = None  # [rotary_dim / 2] divisors of the frequencies
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Weight bytes that one decoded token reads; of the embedding it reads one row, which is left out."""
+        packed = [self.head]
+        for layer in self.layers:
+            attention, feed_forward = layer.attention, layer.feed_forward
+            packed += [attention.query, attention.key, attention.value, attention.output]
+            packed += [feed_forward.gate, feed_forward.up, feed_forward.down]
+        return sum(weight.num_bytes for weight in packed)
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """What changes from step to step, in arrays whose addresses are fixed."""
+
+    token_ids: Buffer  # [tokens] int32
+    positions: Buffer  # [tokens] int32
+    slots: Buffer  # [tokens] int32: page * page_size + offset
+    query_starts: Buffer  # [requests + 1] int32
+    sequence_lens: Buffer  # [requests] int32
+    page_table: Buffer  # [requests, max_pages] int32
+    output_rows: Buffer  # [outputs] int32
+
+
+def attention(
+    x: Buffer, weights: AttentionWeights, pages: tuple[Any, Any], rope: Buffer, step: StepInputs, config: ModelConfig
+) -> Buffer:
+    """x + output(attention(norm(x))), with this step's keys and values appended to the pages."""
+    h = rms_norm(x, weights.norm, eps=config.norm_eps)
+    query, key, value = linear_many(h, [weights.query, weights.key, weights.value], biases=weights.biases)
+    query = rope_append(
+        query.view(config.num_heads, config.head_dim),
+        key.view(config.num_kv_heads, config.head_dim),
+        value.view(config.num_kv_heads, config.value_head_dim),
+        pages,
+        rope,
+        step.slots,
+        interleaved=config.rope.interleaved,
+        query_norm=weights.query_norm,
+        key_norm=weights.key_norm,
+        eps=config.norm_eps,
+    )
+    window = (config.sliding_window - 1, None) if config.sliding_window else (None, None)
+    mixed = paged_attention(
+        query, *pages, step.page_table, step.sequence_lens, step.query_starts, causal=True, window=window
+    ).out
+    return linear(mixed.view(config.num_heads * config.value_head_dim), weights.output, residual=x)
+
+
+def feed_forward(x: Buffer, weights: FeedForwardWeights, config: ModelConfig) -> Buffer:
+    """x + down(silu(gate(norm(x))) * up(norm(x)))."""
+    h = rms_norm(x, weights.norm, eps=config.norm_eps)
+    return linear(linear_gated(h, weights.gate, weights.up), weights.down, residual=x)

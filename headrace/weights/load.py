@@ -1,0 +1,123 @@
+"""From a GGUF file to packed weights: every tensor checked against the configuration, packed, and let go of.
+
+The file is mapped, not read: each tensor's pages are given back once it is packed, so that the peak is the packed
+model and one tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from headrace.config import ModelConfig
+from headrace.errors import ModelFileError
+from headrace.kernels.cpu import _native as native
+from headrace.models.families import config_from
+from headrace.models.layers import AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights
+from headrace.ops.formats import dequantize
+from headrace.ops.linear import PackedWeight, pack
+from headrace.weights.gguf import GGUFFile
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Loader:
+    """Takes tensors out of one file by name."""
+
+    file: GGUFFile
+    pool: native.Pool
+    progress: Progress | None = None
+    done_bytes: int = 0
+
+    def raw(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """The tensor's bytes; its shape must be the one the configuration asks for."""
+        info = self.file.tensors.get(name)
+        if info is None:
+            raise ModelFileError(f"{self.file.path}: tensor {name!r} is missing")
+        if info.shape != shape:
+            raise ModelFileError(f"tensor {name!r}: expected {list(shape)}, the file has {list(info.shape)}")
+        return self.file.data(name)
+
+    def matrix(self, name: str, rows: int, cols: int) -> PackedWeight:
+        packed = pack(self.raw(name, (rows, cols)), self.file.tensors[name].format, (rows, cols), self.pool)
+        self._let_go(name)
+        return packed
+
+    def vector(self, name: str, length: int) -> np.ndarray:
+        values = dequantize(self.raw(name, (length,)), self.file.tensors[name].format)
+        self._let_go(name)
+        return np.array(values, np.float32).reshape(-1)
+
+    def optional_vector(self, name: str, length: int) -> np.ndarray | None:
+        return self.vector(name, length) if name in self.file.tensors else None
+
+    def _let_go(self, name: str) -> None:
+        self.file.release(name)
+        self.done_bytes += self.file.tensors[name].num_bytes
+        if self.progress:
+            self.progress("loading", self.done_bytes, self.file.total_bytes)
+
+
+def load_config(file: GGUFFile) -> ModelConfig:
+    """The model's numbers, from the metadata and the embedding's shape."""
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise ModelFileError(f"{file.path}: no embedding 'token_embd.weight' [vocab, dim]")
+    return config_from(file.metadata, embedding.shape[0], "output.weight" not in file.tensors)
+
+
+def load_weights(
+    file: GGUFFile, config: ModelConfig, pool: native.Pool, progress: Progress | None = None
+) -> ModelWeights:
+    """All weights of the model, packed. Raises ModelFileError for a tensor that is missing or of another shape."""
+    loader = Loader(file, pool, progress)
+    _check_layer_count(file, config)
+    embedding = loader.matrix("token_embd.weight", config.vocab_size, config.dim)
+    head = embedding if config.tied_head else loader.matrix("output.weight", config.vocab_size, config.dim)
+    layers = tuple(_layer(loader, f"blk.{i}", config) for i in range(config.num_layers))
+    norm = loader.vector("output_norm.weight", config.dim)
+    factors = loader.optional_vector("rope_freqs.weight", config.rope.rotary_dim // 2)
+    return ModelWeights(embedding, layers, norm, head, factors)
+
+
+def _check_layer_count(file: GGUFFile, config: ModelConfig) -> None:
+    # NOTE: a lying block_count must fail before a loop of that length, not inside it.
+    if f"blk.{config.num_layers - 1}.attn_norm.weight" not in file.tensors:
+        raise ModelFileError(f"{file.path}: the file says {config.num_layers} layers but does not hold them")
+
+
+def _layer(loader: Loader, prefix: str, config: ModelConfig) -> LayerWeights:
+    return LayerWeights(_attention(loader, prefix, config), _feed_forward(loader, prefix, config))
+
+
+def _attention(loader: Loader, prefix: str, config: ModelConfig) -> AttentionWeights:
+    query_dim = config.num_heads * config.head_dim
+    key_dim, value_dim = config.num_kv_heads * config.head_dim, config.num_kv_heads * config.value_head_dim
+    optional: dict[str, Any] = {}
+    if config.qkv_bias:
+        widths = {"q": query_dim, "k": key_dim, "v": value_dim}
+        optional["biases"] = tuple(loader.vector(f"{prefix}.attn_{n}.bias", width) for n, width in widths.items())
+    if config.qk_norm:
+        optional["query_norm"] = loader.vector(f"{prefix}.attn_q_norm.weight", config.head_dim)
+        optional["key_norm"] = loader.vector(f"{prefix}.attn_k_norm.weight", config.head_dim)
+    return AttentionWeights(
+        norm=loader.vector(f"{prefix}.attn_norm.weight", config.dim),
+        query=loader.matrix(f"{prefix}.attn_q.weight", query_dim, config.dim),
+        key=loader.matrix(f"{prefix}.attn_k.weight", key_dim, config.dim),
+        value=loader.matrix(f"{prefix}.attn_v.weight", value_dim, config.dim),
+        output=loader.matrix(f"{prefix}.attn_output.weight", config.dim, config.num_heads * config.value_head_dim),
+        **optional,
+    )
+
+
+def _feed_forward(loader: Loader, prefix: str, config: ModelConfig) -> FeedForwardWeights:
+    return FeedForwardWeights(
+        norm=loader.vector(f"{prefix}.ffn_norm.weight", config.dim),
+        gate=loader.matrix(f"{prefix}.ffn_gate.weight", config.ffn_dim, config.dim),
+        up=loader.matrix(f"{prefix}.ffn_up.weight", config.ffn_dim, config.dim),
+        down=loader.matrix(f"{prefix}.ffn_down.weight", config.dim, config.ffn_dim),
+    )
