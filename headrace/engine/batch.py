@@ -1,0 +1,73 @@
+"""The batch of one step, in arrays whose addresses never change: a recorded program reads them where they are.
+
+token_ids, positions, slots  [tokens]        one entry per new token; slot = page * page_size + offset
+query_starts                 [requests + 1]  whose tokens they are
+sequence_lens                [requests]      keys of each request, the new ones included
+page_table                   [requests, max_pages]
+output_rows                  [outputs]       the tokens whose logits are wanted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from headrace.kernels.cpu import _native as native
+from headrace.kernels.cpu.arrays import program_input
+from headrace.models.layers import StepInputs
+
+
+class Batch:
+    """Room for up to `tokens` new tokens of up to `requests` requests, `outputs` rows of logits among them."""
+
+    def __init__(self, tokens: int, requests: int, outputs: int, max_pages: int, page_size: int) -> None:
+        self.page_size = page_size
+        self.token_ids = np.zeros(tokens, np.int32)
+        self.positions = np.zeros(tokens, np.int32)
+        self.slots = np.zeros(tokens, np.int32)
+        self.query_starts = np.zeros(requests + 1, np.int32)
+        self.sequence_lens = np.zeros(requests, np.int32)
+        self.page_table = np.zeros((requests, max_pages), np.int32)
+        self.output_rows = np.zeros(outputs, np.int32)
+        self.clear()
+
+    def clear(self) -> None:
+        """Starts a new step."""
+        self.num_tokens = self.num_requests = self.num_outputs = 0
+
+    def add(self, token_ids: Sequence[int], position: int, pages: Sequence[int], num_outputs: int) -> None:
+        """One request's new tokens, the first of them at `position`; its last `num_outputs` tokens give logits."""
+        count, first, request = len(token_ids), self.num_tokens, self.num_requests
+        positions = np.arange(position, position + count, dtype=np.int32)
+        table = self.page_table[request]
+        table[: len(pages)] = pages
+        self.token_ids[first : first + count] = token_ids
+        self.positions[first : first + count] = positions
+        self.slots[first : first + count] = table[positions // self.page_size] * self.page_size + (
+            positions % self.page_size
+        )
+        self.output_rows[self.num_outputs : self.num_outputs + num_outputs] = np.arange(
+            first + count - num_outputs, first + count
+        )
+        self.sequence_lens[request] = position + count
+        self.query_starts[request + 1] = first + count
+        self.num_tokens += count
+        self.num_requests += 1
+        self.num_outputs += num_outputs
+
+    @property
+    def sizes(self) -> native.Sizes:
+        return native.Sizes(self.num_tokens, self.num_requests, self.num_outputs)
+
+    def inputs(self, program: native.Program) -> StepInputs:
+        """The arrays as a program sees them."""
+        return StepInputs(
+            token_ids=program_input(self.token_ids, program, "tokens"),
+            positions=program_input(self.positions, program, "tokens"),
+            slots=program_input(self.slots, program, "tokens"),
+            query_starts=program_input(self.query_starts, program, "fixed"),
+            sequence_lens=program_input(self.sequence_lens, program, "requests"),
+            page_table=program_input(self.page_table, program, "requests"),
+            output_rows=program_input(self.output_rows, program, "outputs"),
+        )

@@ -1,0 +1,129 @@
+"""From a request to its tokens: which beginning is cached, which chunk runs next, what is drawn.
+
+One sequence at a time keeps its pages. A new prompt keeps the pages of the beginning it shares with the last one, so the
+next turn of a conversation computes only its new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+
+import numpy as np
+
+from headrace.config import EngineConfig, ModelConfig, SamplingParams
+from headrace.engine.request import Request
+from headrace.engine.runner import MAX_OUTPUTS, Runner
+from headrace.engine.sampler import Sampler
+from headrace.errors import ArgumentError, PromptTooLongError
+from headrace.kernels.cpu import _native as native
+from headrace.kv_cache.pages import PagePool, pages_needed
+from headrace.models.layers import ModelWeights
+from headrace.ops.sampling import logits_hash
+
+
+class Engine:
+    """Runs requests one after the other on one model."""
+
+    def __init__(self, weights: ModelWeights, config: ModelConfig, engine: EngineConfig, pool: native.Pool) -> None:
+        self.context_len = engine.context_len or config.context_len
+        self.config = config
+        self.chunk_len = engine.chunk_len
+        self.page_size = engine.page_size
+        num_pages = pages_needed(self.context_len, engine.page_size)
+        self.pool = PagePool(num_pages)
+        self.runner = Runner(weights, config, engine, pool, num_pages)
+        self.pages: list[int] = []
+        self.cached_ids: list[int] = []  # the tokens whose keys and values lie in the pages
+
+    def add(self, prompt_ids: Sequence[int], params: SamplingParams, end_ids: frozenset[int] = frozenset()) -> Request:
+        """A checked request. Raises ArgumentError for an empty prompt or ids outside the vocabulary, and
+        PromptTooLongError when no token would fit behind it."""
+        ids = _checked_ids(prompt_ids, self.config.vocab_size)
+        if len(ids) >= self.context_len:
+            raise PromptTooLongError(
+                f"prompt: expected fewer than {self.context_len} tokens, got {len(ids)}",
+                f"shorten it, or raise context_len (the model allows {self.config.context_len})",
+            )
+        return Request(ids, params, end_ids)
+
+    def run(self, request: Request) -> Iterator[int]:
+        """The request's tokens as they are drawn. Closing the iterator stops it; what was computed stays cached."""
+        sampler = Sampler(request)
+        started = perf_counter()
+        logits = self._prefill(request)
+        while True:
+            token = sampler.sample(logits)
+            request.commit(token, self.context_len)
+            self._time(request, started, logits)
+            yield token
+            if request.finish_reason:
+                return
+            started = perf_counter()
+            logits = self._step([token], 1)
+
+    def logits(self, ids: Sequence[int]) -> np.ndarray:
+        """Logits [tokens, vocab] at every position."""
+        checked = self.add(ids, SamplingParams()).prompt_ids
+        self._forget(0)
+        width = min(MAX_OUTPUTS, self.chunk_len)
+        chunks = [checked[i : i + width] for i in range(0, len(checked), width)]
+        return np.concatenate([self._step(chunk, len(chunk)).copy() for chunk in chunks])
+
+    def _prefill(self, request: Request) -> np.ndarray:
+        """Computes what is not cached of the prompt, always its last token; returns the last token's logits."""
+        ids = request.prompt_ids
+        request.reused_len = min(_common_len(self.cached_ids, ids), len(ids) - 1)
+        self._forget(request.reused_len)
+        last = request.reused_len
+        while len(ids) - last > self.chunk_len:
+            self._step(ids[last : last + self.chunk_len], 0)
+            last += self.chunk_len
+        return self._step(ids[last:], 1)
+
+    def _step(self, ids: list[int], num_outputs: int) -> np.ndarray:
+        """Runs new tokens behind the cached ones."""
+        position = len(self.cached_ids)
+        missing = pages_needed(position + len(ids), self.page_size) - len(self.pages)
+        self.pages += self.pool.allocate(max(0, missing))
+        batch = self.runner.batch
+        batch.clear()
+        batch.add(ids, position, self.pages, num_outputs)
+        logits = self.runner.run()
+        self.cached_ids += ids
+        return logits
+
+    def _forget(self, keep_len: int) -> None:
+        """Drops what is cached beyond the first `keep_len` tokens."""
+        del self.cached_ids[keep_len:]
+        keep = pages_needed(keep_len, self.page_size)
+        self.pool.free(self.pages[keep:])
+        del self.pages[keep:]
+
+    def _time(self, request: Request, started: float, logits: np.ndarray) -> None:
+        seconds = perf_counter() - started
+        if len(request.token_ids) == 1:
+            request.prefill_s = seconds
+        else:
+            request.decode_s += seconds
+        if request.finish_reason:
+            request.logits_hash = logits_hash(logits[-1])
+
+
+def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
+    array = np.asarray(ids)
+    if array.ndim != 1 or not array.size:
+        raise ArgumentError("prompt: expected at least one token, got none", "an empty prompt has no next token")
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ArgumentError(f"prompt: expected whole numbers, got {array.dtype}")
+    if array.min() < 0 or array.max() >= vocab_size:
+        worst = array.min() if array.min() < 0 else array.max()
+        raise ArgumentError(f"prompt: expected token ids in 0..{vocab_size - 1}, got {worst}")
+    return [int(i) for i in array]
+
+
+def _common_len(a: Sequence[int], b: Sequence[int]) -> int:
+    for i, (left, right) in enumerate(zip(a, b, strict=False)):
+        if left != right:
+            return i
+    return min(len(a), len(b))

@@ -1,0 +1,33 @@
+"""The decoder: token ids to logits. Run once, with buffers of a program, to record it; replayed for every step after.
+
+x = embedding(ids);  for each layer: x = attention(x), x = feed_forward(x);  logits = head(norm(x[output_rows]))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from headrace.config import ModelConfig
+from headrace.kernels.cpu.arrays import Buffer
+from headrace.models.layers import ModelWeights, StepInputs, attention, feed_forward
+from headrace.ops.embedding import embedding, select_rows
+from headrace.ops.linear import linear
+from headrace.ops.norm import rms_norm
+from headrace.ops.rope import inverse_frequencies, rope_table
+
+
+def logits(step: StepInputs, weights: ModelWeights, pages: Sequence[tuple[Any, Any]], config: ModelConfig) -> Buffer:
+    """Logits [outputs, vocab] of the step's output rows; the step's keys and values are appended to `pages`.
+
+    pages: per layer, key and value pages [pages, page_size, kv_heads, head_dim].
+    """
+    frequencies, magnitude = inverse_frequencies(config.rope, weights.rope_factors)
+    x = embedding(step.token_ids, weights.embedding)
+    rope = rope_table(step.positions, np.asarray(frequencies, np.float32), magnitude)
+    for layer, layer_pages in zip(weights.layers, pages, strict=True):
+        x = attention(x, layer.attention, layer_pages, rope, step, config)
+        x = feed_forward(x, layer.feed_forward, config)
+    return linear(rms_norm(select_rows(x, step.output_rows), weights.norm, eps=config.norm_eps), weights.head)
