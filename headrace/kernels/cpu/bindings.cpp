@@ -10,6 +10,9 @@
 #include "ops.h"
 
 namespace nb = nanobind;
+namespace headrace {
+void bind_roof(nb::module_& m);
+}
 using namespace headrace;
 using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
 using BytesArray = nb::ndarray<const uint8_t, nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -175,4 +178,5 @@ NB_MODULE(_native, m) {
   bind_runtime(m);
   bind_weights(m);
   bind_ops(m);
+  bind_roof(m);
 }

@@ -41,6 +41,10 @@ struct Kernels {
   void (*finish_row)(const float* result, const float* bias, const float* residual, void* out, DType type, int n);
   void (*widen_row)(const void* x, DType type, int64_t n, float* out);
   void (*silu_gate)(const float* gate, const float* up, float* y, int64_t n);
+  // probes of the machine's roofs (roof.h)
+  uint8_t (*read_bytes)(const uint8_t* bytes, int64_t n);
+  int64_t (*multiply_floats)(int64_t rounds, float* result);
+  int64_t (*multiply_bytes)(int64_t rounds, float* result);
 };
 
 const Kernels& portable_kernels();

@@ -1,0 +1,140 @@
+"""The machine: what is read from the system, and what becomes of roofs on disk and in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from headrace import machine
+from headrace.machine import Machine, keep_roofs, this_machine
+
+CORES = machine.usable_cores()
+CACHE_BYTES = machine.cache_sized(this_machine().caches)
+MEMORY_BYTES = 64 * CACHE_BYTES
+READS = {CORES: {CACHE_BYTES: 90e9, MEMORY_BYTES: 30e9}}
+PRODUCTS = {unit: {CORES: rate} for unit, rate in (("fp32", 1e11), ("bf16", 2e11), ("int8", 4e11))}
+
+
+def _forget() -> None:
+    machine._kept_roofs.cache_clear()
+    this_machine.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path / "cache"))
+    _forget()
+    yield tmp_path / "cache"
+    _forget()
+
+
+def test_unmeasured_machine_has_guesses_and_no_roof() -> None:
+    found = this_machine()
+    assert not found.measured
+    assert found.roof_for(1 << 30) is None and found.product_roof("fp32") is None
+    assert found.seconds(24 * 10**9, 0, "fp32")[0] > 0
+
+
+def test_roofs_survive_the_process(cache: Path) -> None:
+    kept = keep_roofs(READS, PRODUCTS)
+    _forget()
+    found = this_machine()
+    assert found == kept and found.measured
+    assert found.roofs == {"read": 30e9, "cache_read": 90e9, "fp32": 1e11, "bf16": 2e11, "int8": 4e11}
+    assert [path.name for path in cache.iterdir()] == [machine._roofs_path().name]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        '{"version": 1}',
+        '{"version": 99, "reads": {}, "products": {}}',
+        '{"version": 1, "reads": 3}',
+    ],
+)
+def test_a_file_that_is_not_ours_counts_as_none(cache: Path, text: str) -> None:
+    cache.mkdir()
+    machine._roofs_path().write_text(text)
+    assert not this_machine().measured
+    keep_roofs(READS, PRODUCTS)
+    _forget()
+    assert this_machine().measured
+
+
+@pytest.mark.parametrize("rate", ["-1.0", "0", "NaN", "Infinity", '"fast"', "null"])
+def test_a_rate_that_is_no_speed_is_not_believed(cache: Path, rate: str) -> None:
+    keep_roofs(READS, PRODUCTS)
+    path = machine._roofs_path()
+    path.write_text(path.read_text().replace("30000000000.0", rate))
+    json.loads(path.read_text())
+    _forget()
+    assert not this_machine().measured and this_machine().roof_for(MEMORY_BYTES) is None
+
+
+def test_a_whole_measurement_without_the_cache_size_is_not_believed() -> None:
+    keep_roofs({CORES: {MEMORY_BYTES: 30e9}}, {})
+    text = machine._roofs_path().read_text()
+    machine._roofs_path().write_text(text.replace('"products": {}', '"products": {"fp32": {"1": 1.0}}'))
+    _forget()
+    assert not this_machine().measured
+
+
+def test_an_unwritable_cache_still_keeps_roofs_in_this_process(cache: Path) -> None:
+    cache.write_text("a file where the folder should be")
+    assert keep_roofs(READS, PRODUCTS).measured
+    assert this_machine().measured
+    _forget()
+    assert not this_machine().measured
+
+
+def test_one_point_serves_its_own_size_only() -> None:
+    found = keep_roofs({CORES: {100 << 20: 40e9}})
+    assert not found.measured
+    assert found.roof_for(100 << 20) == found.roof_for(105 << 20) == 40e9
+    assert found.roof_for(200 << 20) is None and found.roof_for(50 << 20) is None
+
+
+def test_between_points_the_roof_is_between_and_falls_with_size() -> None:
+    found = keep_roofs(READS, PRODUCTS)
+    sizes = [CACHE_BYTES // 8, CACHE_BYTES, 2 * CACHE_BYTES, 8 * CACHE_BYTES, 32 * CACHE_BYTES, MEMORY_BYTES, 1 << 40]
+    roofs = [found.roof_for(size) or math.nan for size in sizes]
+    assert roofs == sorted(roofs, reverse=True)
+    assert roofs[0] == 90e9 and roofs[-1] == 30e9
+    assert roofs[3] == pytest.approx(math.sqrt(90e9 * 30e9))  # half way in log size
+
+
+def test_a_new_measurement_replaces_the_points_of_the_old() -> None:
+    keep_roofs({CORES: {3 * CACHE_BYTES: 1e9}})
+    assert keep_roofs(READS, PRODUCTS).reads == READS
+
+
+def test_threads_not_measured_take_the_next_lower_count() -> None:
+    found = Machine({}, True, cores=8, reads={1: {10: 1.0}, 4: {10: 4.0}, 8: {10: 8.0}}, products={"fp32": {2: 2.0}})
+    assert [found.roof_for(10, threads) for threads in (1, 3, 4, 7, 8, 99)] == [1.0, 1.0, 4.0, 4.0, 8.0, 8.0]
+    assert found.roof_for(10) == 8.0
+    assert found.product_roof("fp32", 1) == 2.0
+
+
+def test_flags_give_the_level_the_native_side_finds() -> None:
+    from headrace.kernels.cpu import _native
+
+    found = this_machine()
+    native_flags = {flag.replace("avx512_vbmi", "avx512vbmi") for flag in _native.cpu_flags()}
+    assert native_flags & set(machine.FLAGS) <= set(found.flags)
+    assert found.isa == _native.best_isa() or (found.isa == "amx" and _native.best_isa() == "avx512")
+
+
+def test_the_machine_describes_itself() -> None:
+    found = this_machine()
+    assert found.cores >= 1 and found.cpu_name.strip()
+    assert all(cache.num_bytes > 0 and cache.shared_by >= 1 for cache in found.caches)
+    assert found.last_cache_bytes == max((cache.num_bytes for cache in found.caches), default=0)
+    assert machine._num_listed("0-3,8,10-11") == 7
