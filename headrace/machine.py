@@ -84,17 +84,22 @@ class Machine:
         """The least time for the bytes and for the arithmetic; the larger binds."""
         return num_bytes / self.roofs["read"], flops / self.roofs[unit]
 
+    def read_roof_at(self, num_bytes: int, threads: int | None = None) -> float | None:
+        """Read bandwidth in bytes/s, measured for about this size and this many threads; None if it was not."""
+        points = self.reads.get(threads or self.cores, {})
+        close = [size for size in points if abs(size - num_bytes) <= SAME_SIZE * num_bytes]
+        return points[min(close, key=lambda size: abs(size - num_bytes))] if close else None
+
     def roof_for(self, num_bytes: int, threads: int | None = None) -> float | None:
-        """Read bandwidth in bytes/s for a working set of that size; None when it was never measured.
+        """Read bandwidth in bytes/s for a working set of that size; None on a machine that was never measured.
 
         A point measured at about this size is taken as it is; between two points the roof is interpolated over the
         logarithm of the size, beyond the outermost it is theirs.
         """
-        points = self.reads.get(_closest(self.reads, threads or self.cores), {})
-        close = [size for size in points if abs(size - num_bytes) <= SAME_SIZE * num_bytes]
-        if close:
-            return points[min(close, key=lambda size: abs(size - num_bytes))]
-        return _interpolated(points, num_bytes) if self.measured and points else None
+        at_size = self.read_roof_at(num_bytes, threads)
+        if at_size is not None or not self.measured:
+            return at_size
+        return _interpolated(self.reads[_closest(self.reads, threads or self.cores)], num_bytes)
 
     def product_roof(self, unit: str, threads: int | None = None) -> float | None:
         """FLOP/s of fp32, bf16 or int8 products; None when it was never measured."""

