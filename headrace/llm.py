@@ -7,6 +7,7 @@ print(llm.generate("The capital of France is", SamplingParams(max_tokens=16)).te
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -81,17 +82,23 @@ class Stream:
         return self._pieces
 
     def _run(self) -> Iterator[Piece]:
-        for token in self._llm.engine.run(self._request):
-            ended = self._request.finish_reason == "stop"
-            piece = "" if ended else self._text.push(token)
-            if self._text.stopped:
-                self._request.finish_reason = "stop"
-            if self._request.finish_reason and not self._text.stopped:
-                piece += self._text.finish()
-            self._shown.append(piece)
-            yield Piece(piece, token)
-            if self._text.stopped:
-                return
+        with closing(self._llm.engine.run(self._request)) as tokens:
+            for token in tokens:
+                piece = self._piece(token)
+                self._shown.append(piece)
+                yield Piece(piece, token)
+                if self._text.stopped:
+                    return
+
+    def _piece(self, token: int) -> str:
+        """The text a token completes; at the end also what was held back."""
+        request = self._request
+        piece = "" if request.finish_reason == "stop" else self._text.push(token)
+        if self._text.stopped:
+            request.finish_reason = "stop"
+        elif request.finish_reason:
+            piece += self._text.finish()
+        return piece
 
     @property
     def completion(self) -> Completion:

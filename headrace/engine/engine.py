@@ -1,12 +1,12 @@
 """From a request to its tokens: which beginning is cached, which chunk runs next, what is drawn.
 
-One sequence at a time keeps its pages. A new prompt keeps the pages of the beginning it shares with the last one, so the
-next turn of a conversation computes only its new tokens.
+One sequence at a time keeps its pages. A new prompt keeps the pages of the beginning it shares with the last one, so
+the next turn of a conversation computes only its new tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from time import perf_counter
 
 import numpy as np
@@ -47,20 +47,23 @@ class Engine:
             )
         return Request(ids, params, end_ids)
 
-    def run(self, request: Request) -> Iterator[int]:
+    def run(self, request: Request) -> Generator[int, None, None]:
         """The request's tokens as they are drawn. Closing the iterator stops it; what was computed stays cached."""
         sampler = Sampler(request)
         started = perf_counter()
         logits = self._prefill(request)
-        while True:
-            token = sampler.sample(logits)
-            request.commit(token, self.context_len)
-            self._time(request, started, logits)
-            yield token
-            if request.finish_reason:
-                return
-            started = perf_counter()
-            logits = self._step([token], 1)
+        try:
+            while True:
+                token = sampler.sample(logits)
+                request.commit(token, self.context_len)
+                request.add_seconds(perf_counter() - started)
+                yield token
+                if request.finish_reason:
+                    return
+                started = perf_counter()
+                logits = self._step([token], 1)
+        finally:
+            request.logits_hash = logits_hash(logits[-1])
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits [tokens, vocab] at every position."""
@@ -99,15 +102,6 @@ class Engine:
         keep = pages_needed(keep_len, self.page_size)
         self.pool.free(self.pages[keep:])
         del self.pages[keep:]
-
-    def _time(self, request: Request, started: float, logits: np.ndarray) -> None:
-        seconds = perf_counter() - started
-        if len(request.token_ids) == 1:
-            request.prefill_s = seconds
-        else:
-            request.decode_s += seconds
-        if request.finish_reason:
-            request.logits_hash = logits_hash(logits[-1])
 
 
 def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:

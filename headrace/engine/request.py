@@ -30,7 +30,12 @@ class Request:
         self.token_ids.append(token)
         if token in self.end_ids and not self.params.ignore_eos:
             self.finish_reason = "stop"
-        elif len(self.token_ids) >= self.params.max_tokens:
+        elif len(self.token_ids) >= self.params.max_tokens or len(self.prompt_ids) + len(self.token_ids) >= context_len:
             self.finish_reason = "length"
-        elif len(self.prompt_ids) + len(self.token_ids) >= context_len:
-            self.finish_reason = "length"
+
+    def add_seconds(self, seconds: float) -> None:
+        """Books the time of the token just committed: the first one is the prefill's."""
+        if len(self.token_ids) == 1:
+            self.prefill_s = seconds
+        else:
+            self.decode_s += seconds

@@ -1,4 +1,4 @@
-"""Runs batches: the decoder recorded once into a native program, the cache it reads and writes, the logits it leaves."""
+"""Runs batches: the decoder recorded once into a native program, the cache it works on, the logits it leaves."""
 
 from __future__ import annotations
 

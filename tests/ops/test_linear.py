@@ -9,6 +9,7 @@ from headrace.check.compare import assert_within_budget, poisoned, rounded
 from headrace.errors import ArgumentError, KernelError
 from headrace.kernels import cpu
 from headrace.kernels.cpu import _native as native
+from headrace.kernels.cpu import linear as linear_cpu
 from headrace.ops import linear as op
 from headrace.ops.formats import FORMATS, dequantize
 
@@ -32,15 +33,26 @@ def skip_unless_able(kernel, request):
         pytest.skip("; ".join(reasons))
 
 
-def straightforward(x, raw, name, precision):
-    """float32 products added one after the other, with int8 activations where the format is quantized."""
-    quantized = name not in op.FLOAT_FORMATS and precision != "exact"
-    x = op.int8_activations(x) if quantized else x.astype(np.float32)
+def straightforward(x, raw, name, precision, over_tiles=False):
+    """float32 products added one after the other, with the activations the precision allows: int8 for quantized
+    weights; over AMX tiles bf16 for 16-bit ones."""
+    if precision != "exact" and name not in op.FLOAT_FORMATS:
+        x = op.int8_activations(x)
+    elif precision != "exact" and over_tiles and name != "F32":
+        x = rounded(x, "bfloat16").astype(np.float32)
     weight = dequantize(raw, name)
     out = np.empty((len(x), len(weight)), np.float32)
     for token, row in enumerate(x):
         out[token] = np.add.accumulate(weight * row, axis=1)[:, -1]
     return out
+
+
+def over_tiles(kernel, case):
+    return kernel.name == "cpu_amx" and case.tokens >= 16
+
+
+def gated(gate, up):
+    return gate / (1 + np.exp(-gate)) * up
 
 
 @EACH_FORMAT
@@ -57,7 +69,9 @@ def test_kernel_is_within_budget(kernel, case, name, precision):
     out = poisoned((case.tokens, case.rows), "float32")
     op.linear(x, weight, bias=bias, residual=residual, out=out, precision=precision, kernel=kernel.name)
     exact = op.reference(x, raw, name) + bias.astype(np.float64) + residual
-    assert_within_budget(out, exact, straightforward(x, raw, name, precision) + bias + residual, "float32")
+    assert_within_budget(
+        out, exact, straightforward(x, raw, name, precision, over_tiles(kernel, case)) + bias + residual, "float32"
+    )
 
 
 @EACH_FORMAT
@@ -66,16 +80,35 @@ def test_gated_is_within_budget(kernel, name):
     case = cases.LinearCase("gated", 9, 40, 256)
     (gate_raw, gate, cols), (up_raw, up, _) = matrix(name, case, 2), matrix(name, case, 3)
     skip_unless_able(kernel, op.request(case.tokens, [(name, case.rows, cols)]))
-    x = np.random.default_rng(4).standard_normal((case.tokens, cols)).astype(np.float32)
+    x = 0.1 * np.random.default_rng(4).standard_normal((case.tokens, cols)).astype(np.float32)
     out = poisoned((case.tokens, case.rows), "float32")
     op.linear_gated(x, gate, up, out=out, kernel=kernel.name)
-
-    def gated(g, u):
-        return g / (1 + np.exp(-g)) * u
-
     exact = gated(op.reference(x, gate_raw, name), op.reference(x, up_raw, name))
     low = gated(straightforward(x, gate_raw, name, "auto"), straightforward(x, up_raw, name, "auto"))
     assert_within_budget(out, exact, low, "float32")
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize("tokens,rows,cols", [(16, 33, 256), (37, 40, 288), (64, 31, 512), (15, 16, 256)])
+def test_tiles_are_within_budget(name, tokens, rows, cols):
+    """AMX's algorithm over emulated tiles: odd panels, columns that do not fill a tile, a last block of few tokens."""
+    raw, weight, cols = matrix(name, cases.LinearCase("tiles", tokens, rows, cols), 9)
+    x = np.random.default_rng(10).standard_normal((tokens, cols)).astype(np.float32)
+    out = poisoned((tokens, rows), "float32")
+    linear_cpu.run("amx_emulated", x, [weight], [None], None, [out], False)
+    assert_within_budget(out, op.reference(x, raw, name), straightforward(x, raw, name, "auto", True), "float32")
+
+
+@EACH_FORMAT
+def test_gated_tiles_are_within_budget(name):
+    case = cases.LinearCase("gated", 21, 47, 256)
+    (gate_raw, gate, cols), (up_raw, up, _) = matrix(name, case, 2), matrix(name, case, 3)
+    x = 0.1 * np.random.default_rng(4).standard_normal((case.tokens, cols)).astype(np.float32)
+    out = poisoned((case.tokens, case.rows), "float32")
+    linear_cpu.run_gated("amx_emulated", x, gate, up, out, False)
+    exact = gated(op.reference(x, gate_raw, name), op.reference(x, up_raw, name))
+    low = [straightforward(x, side, name, "auto", True) for side in (gate_raw, up_raw)]
+    assert_within_budget(out, exact, gated(*low), "float32")
 
 
 @EACH_FORMAT
@@ -93,9 +126,12 @@ def test_packing_keeps_every_bit(name):
 def test_a_token_does_not_depend_on_its_neighbours(name):
     _, weight, cols = matrix(name, cases.LinearCase("alone", 1, 48, 512))
     x = np.random.default_rng(5).standard_normal((21, cols)).astype(np.float32)
-    together = op.linear(x, weight)
+    vectors = (
+        f"cpu_{min(cpu.isa(), 'avx512', key=cpu.ISAS.index)}"  # over tiles, 16 tokens are computed otherwise than 1
+    )
+    together = op.linear(x, weight, kernel=vectors)
     for token in (0, 7, 8, 12, 20):
-        assert np.array_equal(op.linear(x[token : token + 1], weight)[0], together[token])
+        assert np.array_equal(op.linear(x[token : token + 1], weight, kernel=vectors)[0], together[token])
 
 
 @EACH_FORMAT

@@ -76,12 +76,12 @@ Isa detect() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  static const char* const names[] = {"portable", "avx2", "avx512", "amx"};
+  static const char* const names[] = {"portable", "avx2", "avx512", "amx", "amx_emulated"};
   return names[static_cast<int>(isa)];
 }
 
 Isa isa_from_name(const std::string& name) {
-  for (int i = 0; i <= static_cast<int>(Isa::amx); ++i)
+  for (int i = 0; i <= static_cast<int>(Isa::amx_emulated); ++i)
     if (name == isa_name(static_cast<Isa>(i))) return static_cast<Isa>(i);
   throw std::invalid_argument("isa: expected portable, avx2, avx512 or amx, got '" + name + "'");
 }

@@ -2,7 +2,9 @@
 #pragma once
 #include <cstdint>
 
+#include "attention_work.h"
 #include "isa.h"
+#include "rope_work.h"
 #include "tensor.h"
 #include "weight.h"
 
@@ -31,6 +33,24 @@ struct TileArgs {
   float* result;               // [tokens, 16]
 };
 
+// The largest of a row of logits. Improper: NaN or +infinity is among them, or nothing above -infinity.
+struct Peak {
+  float value;
+  int64_t place;  // of the first
+  bool proper;
+};
+constexpr int64_t kSampleBlock = 1024;  // logits that share a partial sum
+
+// 32 tokens times a strip of 32 weight rows, both as bf16 with or without their low parts.
+constexpr int kStripRows = 32, kStripTokens = 32;
+struct StripArgs {
+  int64_t cols;
+  const uint16_t *x_high, *x_low;  // [32 rows or more][x_stride]; x_low and w_low may be null
+  int64_t x_stride;                // elements
+  const uint16_t *w_high, *w_low;  // two panels of tiles
+  float* result;                   // [32][32]
+};
+
 struct Kernels {
   void (*rms_norm)(const void* x, DType x_type, const float* weight, void* y, DType y_type, int64_t n, float eps);
   void (*quantize_row)(const float* x, int64_t n, int8_t* values, BlockRecord* records);
@@ -45,11 +65,26 @@ struct Kernels {
   uint8_t (*read_bytes)(const uint8_t* bytes, int64_t n);
   int64_t (*multiply_floats)(int64_t rounds, float* result);
   int64_t (*multiply_bytes)(int64_t rounds, float* result);
+  Peak (*find_peak)(const float* x, int64_t n);
+  void (*weigh)(const float* x, int64_t n, float peak, float temperature, float* weights, double* block_sums);
+  void (*keep_heavy)(const float* x, int64_t n, float lowest, float lightest, float* weights, double* block_sums);
+  // rope and attention (rope.h, attention_decode.h, attention_prefill.h)
+  void (*rotate_heads)(const RotateArgs& args);
+  void (*convert_row)(const float* x, void* y, DType type, int64_t n);
+  void (*attend_few)(const AttentionCall& call, const AttentionWork& work);
+  void (*attend_tile)(const AttentionCall& call, const AttentionWork& work);
+  void (*merge_attention)(const AttentionCall& call, const AttentionMerge& merge, float* scratch);
+  // Present where there are tiles:
+  void (*split_row)(const float* x, int64_t n, uint16_t* high, uint16_t* low) = nullptr;
+  void (*pack_tiles)(const float* panel, int64_t cols, uint16_t* high, uint16_t* low) = nullptr;
+  void (*strip_block)(const StripArgs& args) = nullptr;
 };
 
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& amx_kernels();
+const Kernels& amx_emulated_kernels();
 const Kernels& kernels_for(Isa isa);
 
 }  // namespace headrace

@@ -1,4 +1,5 @@
-// linear as an op. Phase 0: activations to int8 (once for all parts). Phase 1: chunks are runs of panels.
+// linear as an op. Phase 0: activations to int8 or bf16, once for all parts. Phase 1: chunks are runs of strips, a strip
+// being two panels: multiplied panel by panel, or over AMX tiles where there are any and tokens enough.
 #include <algorithm>
 
 #include "ops.h"
@@ -8,6 +9,8 @@ namespace {
 
 constexpr int64_t kRowsPerChunk = 4;
 constexpr int64_t kChunksPerThread = 8;  // enough to even out, few enough that the counter costs nothing
+constexpr int64_t kFewestStripTokens = 16;
+constexpr int64_t kTileColumns = 32;
 
 struct Item {
   LinearPart part;
@@ -25,47 +28,62 @@ class Linear : public Op {
       records_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, cols / kBlock * 4}));
     }
     if (x->dtype != DType::f32) wide_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, cols}));
+    if (!kernels.strip_block || exact) return;
+    padded_cols_ = (cols + kTileColumns - 1) / kTileColumns * kTileColumns;
+    x_high_ = out(runner.buffer(DType::bf16, x->rows_kind, {rows, padded_cols_}));
+    if (needs_low_) x_low_ = out(runner.buffer(DType::bf16, x->rows_kind, {rows, padded_cols_}));
   }
   int phases() const override { return 2; }
 
   int64_t chunks(int phase, const Sizes& sizes, int num_threads) const override {
     int64_t tokens = x_->rows(sizes);
-    if (phase == 0) return quantize_ || wide_ ? (tokens + kRowsPerChunk - 1) / kRowsPerChunk : 0;
-    return tokens ? (panels_ + panels_per_chunk(num_threads) - 1) / panels_per_chunk(num_threads) : 0;
+    if (phase == 0) return quantize_ || wide_ || x_high_ ? (tokens + kRowsPerChunk - 1) / kRowsPerChunk : 0;
+    return tokens ? (strips_ + strips_per_chunk(num_threads) - 1) / strips_per_chunk(num_threads) : 0;
   }
 
   void run(int phase, int64_t chunk, Worker& worker, const Sizes& sizes) override {
     int64_t tokens = x_->rows(sizes);
-    if (phase == 0) return prepare_rows(chunk * kRowsPerChunk, std::min((chunk + 1) * kRowsPerChunk, tokens));
-    int64_t step = panels_per_chunk(worker.num_threads());
-    for (int64_t p = chunk * step; p < std::min((chunk + 1) * step, panels_); ++p) {
-      int64_t first = 0;
-      for (const auto& item : items_) {
-        int64_t count = item.part.weight->panels();
-        if (p < first + count) {
-          run_panel(item, p - first, tokens, worker);
-          break;
-        }
-        first += count;
-      }
-    }
+    if (phase == 0) return prepare_rows(chunk * kRowsPerChunk, std::min((chunk + 1) * kRowsPerChunk, tokens), tokens);
+    int64_t step = strips_per_chunk(worker.num_threads());
+    for (int64_t s = chunk * step; s < std::min((chunk + 1) * step, strips_); ++s) run_strip(s, tokens, worker);
   }
 
  private:
+  static int64_t strips_of(const Item& item) { return (item.part.weight->panels() + 1) / 2; }
+
   void declare(Item& item) {
     out(item.part.out);
     if (item.part.bias) in(item.part.bias);
     if (item.part.residual) in(item.part.residual);
-    panels_ += item.part.weight->panels();
+    strips_ += strips_of(item);
+    for (const auto& w : {item.part.weight, item.up})
+      if (w && (w->format == WeightFormat::F16 || w->format == WeightFormat::BF16)) needs_low_ = true;
     auto is_quantized = [](const WeightRef& w) { return w && format_info(w->format).bits > 0; };
     if (!exact_ && (is_quantized(item.part.weight) || is_quantized(item.up))) quantize_ = true;
   }
 
-  int64_t panels_per_chunk(int num_threads) const {
-    return std::max<int64_t>(1, panels_ / (num_threads * kChunksPerThread));
+  int64_t strips_per_chunk(int num_threads) const {
+    return std::max<int64_t>(1, strips_ / (num_threads * kChunksPerThread));
   }
 
-  void prepare_rows(int64_t begin, int64_t end) {
+  bool tiles_fit(const Item& item, int64_t tokens) const {
+    bool floats = item.part.weight->format == WeightFormat::F32 || (item.up && item.up->format == WeightFormat::F32);
+    return x_high_ && tokens >= kFewestStripTokens && !floats;
+  }
+
+  void run_strip(int64_t strip, int64_t tokens, Worker& worker) {
+    for (const auto& item : items_) {
+      if (strip < strips_of(item)) {
+        if (tiles_fit(item, tokens)) return run_tiles(item, strip, tokens, worker);
+        for (int64_t p = 2 * strip; p < std::min(2 * strip + 2, item.part.weight->panels()); ++p)
+          run_panel(item, p, tokens, worker);
+        return;
+      }
+      strip -= strips_of(item);
+    }
+  }
+
+  void prepare_rows(int64_t begin, int64_t end, int64_t tokens) {
     int64_t cols = x_->cols();
     for (int64_t i = begin; i < end; ++i) {
       const float* row = x_->row_as<float>(i);
@@ -73,6 +91,8 @@ class Linear : public Op {
         kernels_.widen_row(x_->row(i), x_->dtype, cols, wide_->row_as<float>(i));
         row = wide_->row_as<float>(i);
       }
+      if (x_high_ && tokens >= kFewestStripTokens)
+        kernels_.split_row(row, cols, x_high_->row_as<uint16_t>(i), x_low_ ? x_low_->row_as<uint16_t>(i) : nullptr);
       if (quantize_) kernels_.quantize_row(row, cols, values_->row_as<int8_t>(i), records_->row_as<BlockRecord>(i));
     }
   }
@@ -128,22 +148,95 @@ class Linear : public Op {
     }
   }
 
-  void finish(const LinearPart& part, int64_t p, int64_t token, int count, const float* result) {
-    int64_t first = p * kPanelRows;
-    int valid = static_cast<int>(std::min<int64_t>(kPanelRows, part.weight->rows - first));
-    const float* bias = part.bias ? part.bias->at<float>() + first : nullptr;
-    for (int i = 0; i < count; ++i) {
-      const float* residual = part.residual ? part.residual->row_as<float>(token + i) + first : nullptr;
-      char* y = part.out->row(token + i) + first * part.out->item_bytes();
-      kernels_.finish_row(result + i * kPanelRows, bias, residual, y, part.out->dtype, valid);
+  // The two panels of a strip as bf16 tiles.
+  struct Tiled {
+    uint16_t *high = nullptr, *low = nullptr;
+  };
+  Tiled tile_strip(const PackedWeight& w, int64_t strip, float* floats, uint16_t* out) const {
+    int64_t panel = padded_cols_ * kPanelRows;
+    Tiled tiled{out, w.format == WeightFormat::F16 ? out + 2 * panel : nullptr};
+    for (int i = 0; i < 2; ++i) {
+      int64_t p = std::min(2 * strip + i, w.panels() - 1);  // the last one twice where the number is odd
+      kernels_.unpack_panel(w.format, w.panel(p), w.cols, floats);
+      kernels_.pack_tiles(floats, w.cols, tiled.high + i * panel, tiled.low ? tiled.low + i * panel : nullptr);
+    }
+    return tiled;
+  }
+
+  // Scratch: one panel of floats | tiles of the strip (of gate and up) | 32 rows of x | results.
+  void run_tiles(const Item& item, int64_t strip, int64_t tokens, Worker& worker) {
+    int64_t panel = padded_cols_ * kPanelRows, rows = padded_cols_ * kStripTokens;
+    char* scratch = worker.scratch(4 * (panel + kPanelRows) + 2 * 8 * panel + 2 * 2 * rows + 2 * 4 * kStripRows * kStripTokens);
+    auto* floats = reinterpret_cast<float*>(scratch);
+    auto* tiles = reinterpret_cast<uint16_t*>(floats + panel + kPanelRows);
+    uint16_t* tail = tiles + 8 * panel;
+    auto* result = reinterpret_cast<float*>(tail + 2 * rows);
+    float* second = result + kStripRows * kStripTokens;
+    Tiled gate = tile_strip(*item.part.weight, strip, floats, tiles);
+    Tiled up = item.up ? tile_strip(*item.up, strip, floats, tiles + 4 * panel) : Tiled{};
+    for (int64_t t = 0; t < tokens; t += kStripTokens) {
+      StripArgs a = strip_args(t, tokens, item, tail);
+      multiply(a, gate, result);
+      if (item.up) {
+        multiply(a, up, second);
+        kernels_.silu_gate(result, second, result, kStripRows * kStripTokens);
+      }
+      finish_strip(item.part, strip, t, std::min<int64_t>(kStripTokens, tokens - t), result);
     }
   }
 
+  void multiply(StripArgs a, const Tiled& w, float* result) const {
+    a.w_high = w.high;
+    a.w_low = w.low;
+    a.result = result;
+    kernels_.strip_block(a);
+  }
+
+  // Fewer than 32 rows are copied out, so that the tiles never read past the buffer.
+  StripArgs strip_args(int64_t t, int64_t tokens, const Item& item, uint16_t* tail) const {
+    bool low = x_low_ && (!format_info(item.part.weight->format).bits || (item.up && !format_info(item.up->format).bits));
+    StripArgs a{};
+    a.cols = x_->cols();
+    a.x_stride = padded_cols_;
+    a.x_high = x_high_->row_as<uint16_t>(t);
+    a.x_low = low ? x_low_->row_as<uint16_t>(t) : nullptr;
+    if (tokens - t >= kStripTokens) return a;
+    int64_t count = (tokens - t) * padded_cols_, all = kStripTokens * padded_cols_;
+    for (const uint16_t** side : {&a.x_high, &a.x_low}) {
+      if (!*side) continue;
+      std::copy_n(*side, count, tail);
+      std::fill_n(tail + count, all - count, uint16_t{0});
+      *side = tail;
+      tail += all;
+    }
+    return a;
+  }
+
+  void finish_strip(const LinearPart& part, int64_t strip, int64_t token, int64_t count, const float* result) {
+    for (int half = 0; half < 2; ++half) {
+      int64_t first = (2 * strip + half) * kPanelRows;
+      if (first >= part.weight->rows) return;
+      for (int64_t i = 0; i < count; ++i) finish_row(part, first, token + i, result + i * kStripRows + half * kPanelRows);
+    }
+  }
+
+  void finish_row(const LinearPart& part, int64_t first, int64_t token, const float* result) {
+    int valid = static_cast<int>(std::min<int64_t>(kPanelRows, part.weight->rows - first));
+    const float* bias = part.bias ? part.bias->at<float>() + first : nullptr;
+    const float* residual = part.residual ? part.residual->row_as<float>(token) + first : nullptr;
+    char* y = part.out->row(token) + first * part.out->item_bytes();
+    kernels_.finish_row(result, bias, residual, y, part.out->dtype, valid);
+  }
+
+  void finish(const LinearPart& part, int64_t p, int64_t token, int count, const float* result) {
+    for (int i = 0; i < count; ++i) finish_row(part, p * kPanelRows, token + i, result + i * kPanelRows);
+  }
+
   const Kernels& kernels_;
-  TensorRef x_, values_, records_, wide_;
+  TensorRef x_, values_, records_, wide_, x_high_, x_low_;
   std::vector<Item> items_;
-  bool exact_, quantize_ = false;
-  int64_t panels_ = 0;
+  bool exact_, quantize_ = false, needs_low_ = false;
+  int64_t strips_ = 0, padded_cols_ = 0;
 };
 
 void check_part(const Expect& expect, const Tensor& x, const LinearPart& part) {
