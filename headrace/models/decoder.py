@@ -8,15 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from headrace.config import ModelConfig
 from headrace.kernels.cpu.arrays import Buffer
 from headrace.models.layers import ModelWeights, StepInputs, attention, feed_forward
 from headrace.ops.embedding import embedding, select_rows
 from headrace.ops.linear import linear
 from headrace.ops.norm import rms_norm
-from headrace.ops.rope import inverse_frequencies, rope_table
+from headrace.ops.rope import inverse_frequencies, magnitude, rope_table
 
 
 def logits(step: StepInputs, weights: ModelWeights, pages: Sequence[tuple[Any, Any]], config: ModelConfig) -> Buffer:
@@ -24,9 +22,9 @@ def logits(step: StepInputs, weights: ModelWeights, pages: Sequence[tuple[Any, A
 
     pages: per layer, key and value pages [pages, page_size, kv_heads, head_dim].
     """
-    frequencies, magnitude = inverse_frequencies(config.rope, weights.rope_factors)
     x = embedding(step.token_ids, weights.embedding)
-    rope = rope_table(step.positions, np.asarray(frequencies, np.float32), magnitude)
+    frequencies = inverse_frequencies(config.rope, weights.rope_factors)
+    rope = rope_table(step.positions, frequencies, magnitude=magnitude(config.rope))
     for layer, layer_pages in zip(weights.layers, pages, strict=True):
         x = attention(x, layer.attention, layer_pages, rope, step, config)
         x = feed_forward(x, layer.feed_forward, config)

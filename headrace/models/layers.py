@@ -86,9 +86,9 @@ def attention(
         query.view(config.num_heads, config.head_dim),
         key.view(config.num_kv_heads, config.head_dim),
         value.view(config.num_kv_heads, config.value_head_dim),
-        pages,
-        rope,
-        step.slots,
+        *pages,
+        slots=step.slots,
+        table=rope,
         interleaved=config.rope.interleaved,
         query_norm=weights.query_norm,
         key_norm=weights.key_norm,
@@ -97,7 +97,7 @@ def attention(
     window = (config.sliding_window - 1, None) if config.sliding_window else (None, None)
     mixed = paged_attention(
         query, *pages, step.page_table, step.sequence_lens, step.query_starts, causal=True, window=window
-    ).out
+    )
     return linear(mixed.view(config.num_heads * config.value_head_dim), weights.output, residual=x)
 
 
