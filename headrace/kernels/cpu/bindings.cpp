@@ -11,7 +11,9 @@
 
 namespace nb = nanobind;
 namespace headrace {
+void bind_attention(nb::module_& m);
 void bind_roof(nb::module_& m);
+void bind_sampling(nb::module_& m);
 }
 using namespace headrace;
 using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
@@ -32,6 +34,10 @@ TensorRef wrap(const AnyArray& array, const std::string& dtype) {
   if (static_cast<int64_t>(array.itemsize()) != t->item_bytes())
     throw std::invalid_argument("array: item size does not match dtype " + dtype);
   t->data = const_cast<char*>(static_cast<const char*>(array.data()));
+  t->owner = std::shared_ptr<void>(new AnyArray(array), [](void* p) {
+    nb::gil_scoped_acquire locked;
+    delete static_cast<AnyArray*>(p);
+  });
   for (size_t i = 0; i < array.ndim(); ++i) {
     t->shape.push_back(static_cast<int64_t>(array.shape(i)));
     t->strides.push_back(array.stride(i));
@@ -53,12 +59,25 @@ TensorRef view(const TensorRef& t, std::vector<int64_t> shape) {
   return v;
 }
 
-nb::ndarray<nb::numpy, float> to_numpy(const TensorRef& t) {
+nb::dlpack::dtype numpy_type(DType t) {
+  switch (t) {
+    case DType::f32: return nb::dtype<float>();
+    case DType::f64: return nb::dtype<double>();
+    case DType::f16: return {static_cast<uint8_t>(nb::dlpack::dtype_code::Float), 16, 1};
+    case DType::bf16: return nb::dtype<uint16_t>();
+    case DType::i32: return nb::dtype<int32_t>();
+    case DType::i64: return nb::dtype<int64_t>();
+    case DType::u8: return nb::dtype<uint8_t>();
+    default: return nb::dtype<int8_t>();
+  }
+}
+
+// bfloat16 travels as uint16.
+nb::ndarray<nb::numpy> to_numpy(const TensorRef& t) {
   if (!t->data) throw std::invalid_argument("tensor: has no memory before its program is finished");
-  if (t->dtype != DType::f32) throw std::invalid_argument("tensor: only float32 buffers can be read");
   std::vector<size_t> shape(t->shape.begin(), t->shape.end());
   nb::capsule keep(new TensorRef(t), [](void* p) noexcept { delete static_cast<TensorRef*>(p); });
-  return nb::ndarray<nb::numpy, float>(t->data, shape.size(), shape.data(), keep, t->strides.data());
+  return nb::ndarray<nb::numpy>(t->data, shape.size(), shape.data(), keep, t->strides.data(), numpy_type(t->dtype));
 }
 
 std::vector<double> run_timed(Program& program, const Sizes& sizes) {
@@ -178,5 +197,7 @@ NB_MODULE(_native, m) {
   bind_runtime(m);
   bind_weights(m);
   bind_ops(m);
+  bind_attention(m);
   bind_roof(m);
+  bind_sampling(m);
 }

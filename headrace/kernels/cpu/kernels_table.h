@@ -1,9 +1,12 @@
 // Included last by each instruction set's translation unit: the table of what was compiled there.
 #pragma once
+#include "attention_prefill.h"
 #include "kernels.h"
 #include "linear.h"
 #include "norm.h"
+#include "sampling.h"
 #include "roof.h"
+#include "rope.h"
 
 namespace headrace {
 namespace HEADRACE_ISA {
@@ -11,6 +14,8 @@ namespace HEADRACE_ISA {
 static const Kernels kTable = {
     rms_norm, quantize_row, tile, unpack_panel, finish_row, widen_row, silu_gate,
     read_bytes, multiply_floats, multiply_bytes,
+    find_peak, weigh, keep_heavy,
+    rotate_heads, convert_row, attend_few, attend_tile, merge_attention,
 };
 
 }  // namespace HEADRACE_ISA

@@ -29,6 +29,33 @@ void submit_embedding(Runner& runner, TensorRef out, TensorRef ids, WeightRef ta
 // rows [outputs] i32 of x [tokens, dim] f32 -> out [outputs, dim] f32
 void submit_select_rows(Runner& runner, TensorRef out, TensorRef x, TensorRef rows);
 
+// logits [rows, vocab] f32 -> out [rows] i32.
+// reals [rows, 6] f64: temperature, top_p, min_p, repetition, presence and frequency penalty
+// integers [rows, 3] i64: top_k, seed, number of the draw
+// seen_*: for penalties, may be absent. ids [n] i32 rising within a row, counts [n] i32, starts [rows + 1] i32.
+struct SampleTensors {
+  TensorRef logits, out, reals, integers, seen_ids, seen_counts, seen_starts;
+};
+void submit_sample(Runner& runner, Isa isa, const SampleTensors& tensors);
+
+// positions [tokens] i32, inverse_frequencies [rotary_dim / 2] f32|f64 -> table [tokens, rotary_dim] f32: cosines, then
+// sines, times magnitude
+void submit_rope_table(Runner& runner, TensorRef table, TensorRef positions, TensorRef inverse_frequencies, float magnitude);
+// Queries rotated to query_out, keys rotated and values converted to the pages, at slots [tokens] i32 (page * page_size +
+// offset). With norms [head_dim], each head is rms-normalized before. A slot outside the pages throws.
+struct RopeAppendTensors {
+  TensorRef query_out, query, key, value, key_pages, value_pages, slots, table, query_norm, key_norm;
+};
+void submit_rope_append(Runner& runner, Isa isa, RopeAppendTensors tensors, bool interleaved, float eps);
+
+// query [tokens, heads, head_dim] against pages -> out [tokens, heads, value_dim]; page_table [requests, max_pages],
+// sequence_lens [requests], query_starts [requests + 1]: i32, read when it runs. Lengths and pages that do not fit throw.
+struct PagedAttentionTensors {
+  TensorRef out, query, key_pages, value_pages, page_table, sequence_lens, query_starts;
+};
+void submit_paged_attention(Runner& runner, Isa isa, PagedAttentionTensors tensors, int64_t window_left, float scale,
+                            float softcap);
+
 // raw: the matrix as a file holds it
 WeightRef pack_weight(Pool& pool, WeightFormat format, int64_t rows, int64_t cols, const uint8_t* raw, int64_t raw_bytes);
 

@@ -1,0 +1,191 @@
+"""Rotary positions, and the step's keys and values into their pages.
+
+    inverse_frequencies(config) -> w [rotary_dim / 2]                      theta^(-2i / rotary_dim), scaled
+    rope_table(positions [tokens], w) -> [tokens, rotary_dim]              cos(p w_i), then sin(p w_i), times magnitude
+    rope_append(query [tokens, heads, head_dim], key, value, key_pages, value_pages, slots, table)
+        pair (a, b) of each query and key head -> (a cos - b sin, b cos + a sin)
+        rotated query -> out;  rotated key, value -> pages [pages, page_size, kv_heads, head_dim] at the token's slot
+
+A slot is page * page_size + offset. Pairs are (2i, 2i + 1) when interleaved, else (i, i + rotary_dim / 2); elements
+from rotary_dim on stay. With norms, each head is rms-normalized before. The table is made once per step, for every layer.
+
+Su et al. 2021, "RoFormer"; Peng et al. 2023, "YaRN"; the Llama 3 report for factors per frequency.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from headrace.config import RopeConfig
+from headrace.errors import ArgumentError
+from headrace.kernels.cpu.arrays import dtype_name, shape_of
+from headrace.ops import norm
+from headrace.ops.select import Kernel, Request, Traffic, choose
+
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def inverse_frequencies(config: RopeConfig, factors: np.ndarray | None = None) -> np.ndarray:
+    """Radians per position of each pair, float64 [rotary_dim / 2].
+
+    factors: [rotary_dim / 2], what each frequency is divided by (a file's rope_freqs.weight); needed for "llama3".
+    """
+    pairs = _pairs(config)
+    plain = config.theta ** (-np.arange(pairs) / pairs)
+    if factors is not None and np.shape(factors) != (pairs,):
+        raise ArgumentError(f"factors: expected [{pairs}], got {list(np.shape(factors))}")
+    if config.scaling == "llama3" and factors is None:
+        raise ArgumentError("factors: expected one per frequency for llama3 scaling, got None", "rope_freqs.weight")
+    if config.scaling == "linear":
+        plain = plain / config.factor
+    elif config.scaling == "yarn":
+        plain = _yarn_frequencies(config, plain)
+    elif config.scaling not in ("none", "llama3"):
+        raise ArgumentError(f"scaling: expected none, linear, llama3 or yarn, got {config.scaling!r}")
+    return plain if factors is None else plain / np.asarray(factors, np.float64)
+
+
+def magnitude(config: RopeConfig) -> float:
+    """What queries and keys are multiplied by while they are rotated: 1 unless yarn stretches the context."""
+    if config.scaling != "yarn" or config.factor <= 1:
+        return config.attention_factor
+    return config.attention_factor * (0.1 * math.log(config.factor) + 1.0)
+
+
+def _pairs(config: RopeConfig) -> int:
+    if config.rotary_dim < 2 or config.rotary_dim % 2:
+        raise ArgumentError(f"rotary_dim: expected an even number >= 2, got {config.rotary_dim}")
+    if not (config.theta > 1 and config.factor > 0):
+        raise ArgumentError(f"theta, factor: expected more than 1 and more than 0, got {config.theta}, {config.factor}")
+    return config.rotary_dim // 2
+
+
+def _yarn_frequencies(config: RopeConfig, plain: np.ndarray) -> np.ndarray:
+    """Fast pairs as they are, slow ones divided by the factor, a linear ramp between the two."""
+    if config.original_context_len < 1:
+        raise ArgumentError(f"original_context_len: expected at least 1 for yarn, got {config.original_context_len}")
+    low = max(math.floor(_pair_of_turns(config, config.yarn_beta_fast)), 0)
+    high = min(math.ceil(_pair_of_turns(config, config.yarn_beta_slow)), config.rotary_dim - 1)
+    ramp = np.clip((np.arange(plain.size) - low) / max(high - low, 0.001), 0, 1)
+    return plain * (1 - ramp) + plain / config.factor * ramp
+
+
+def _pair_of_turns(config: RopeConfig, turns: float) -> float:
+    """Which pair (a fraction) turns this many times within the original context."""
+    return (
+        config.rotary_dim * math.log(config.original_context_len / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+    )
+
+
+def rope_table(
+    positions: Any, inverse_frequencies: Any, *, magnitude: float = 1.0, out: Any = None, kernel: str | None = None
+) -> Any:
+    """Cosines, then sines, of every position and pair, float32 [tokens, rotary_dim].
+
+    positions: int32 [tokens]; inverse_frequencies: float64 or float32 [rotary_dim / 2]. Angles are float64: a position
+    of 100000 is as exact as one of 10.
+    """
+    shape, pairs = shape_of(positions, "positions"), shape_of(inverse_frequencies, "inverse_frequencies")
+    if len(shape) != 1 or len(pairs) != 1:
+        text = f"positions, inverse_frequencies: expected one dimension each, got {list(shape)}, {list(pairs)}"
+        raise ArgumentError(text)
+    if not math.isfinite(magnitude):
+        raise ArgumentError(f"magnitude: expected a finite number, got {magnitude}")
+    asked = Request("rope_table", {"positions": shape}, {}, Traffic(8 * shape[0] * pairs[0], 60 * shape[0] * pairs[0]))
+    run = choose(table_kernels(), asked, kernel).run
+    return run(positions, inverse_frequencies, float(magnitude), out)
+
+
+def table_reference(positions: np.ndarray, inverse_frequencies: np.ndarray, magnitude: float = 1.0) -> np.ndarray:
+    """The table in float64."""
+    angles = positions.astype(np.float64)[:, None] * inverse_frequencies.astype(np.float64)
+    return magnitude * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def rope_append(
+    query: Any,
+    key: Any,
+    value: Any,
+    key_pages: Any,
+    value_pages: Any,
+    *,
+    slots: Any,
+    table: Any,
+    interleaved: bool = True,
+    query_norm: Any = None,
+    key_norm: Any = None,
+    eps: float = 1e-6,
+    out: Any = None,
+    kernel: str | None = None,
+) -> Any:
+    """Rotated queries; rotated keys, and the values, are written to the pages.
+
+    query: float32 [tokens, heads, head_dim]; key: float32 [tokens, kv_heads, head_dim]; value: float32 [tokens,
+    kv_heads, value_head_dim]; pages: float32, float16 or bfloat16 [pages, page_size, kv_heads, ...]; slots: int32
+    [tokens], no two the same; table: from rope_table; norms: float32 [head_dim] or None; out: where queries go, `query`
+    itself when None. Raises ArgumentError for shapes that do not fit and for a slot outside the pages, which is never
+    written to.
+    """
+    arrays = {"query": query, "key": key, "value": value, "key_pages": key_pages, "value_pages": value_pages}
+    arrays |= {"slots": slots, "table": table}
+    shapes = {name: shape_of(array, name) for name, array in arrays.items()}
+    asked = append_request(shapes["query"], shapes["key"], shapes["value"], dtype_name(key_pages))
+    for name, array in (("query_norm", query_norm), ("key_norm", key_norm)):
+        if array is not None:
+            shape_of(array, name)
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ArgumentError(f"eps: expected a finite number >= 0, got {eps}")
+    arrays |= {"query_norm": query_norm, "key_norm": key_norm, "out": query if out is None else out}
+    return choose(append_kernels(), asked, kernel).run(arrays, bool(interleaved), float(eps))
+
+
+def append_request(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], dtype: str = "float16"
+) -> Request:
+    """The request of a call: queries are read and written, keys and values read once and written to `dtype`."""
+    rotated = math.prod(query) + math.prod(key)
+    cached = math.prod(key) + math.prod(value)
+    num_bytes = 8 * math.prod(query) + (4 + WIDTHS.get(dtype, 4)) * cached
+    return Request(
+        "rope_append", {"query": query, "key": key, "value": value}, {"pages": dtype}, Traffic(num_bytes, 3 * rotated)
+    )
+
+
+def rotate_reference(x: np.ndarray, table: np.ndarray, interleaved: bool) -> np.ndarray:
+    """Rotated heads [tokens, heads, head_dim] in float64."""
+    x, pairs = x.astype(np.float64), table.shape[1] // 2
+    cosines, sines = table[:, None, :pairs].astype(np.float64), table[:, None, pairs:].astype(np.float64)
+    first, second = (
+        (slice(0, 2 * pairs, 2), slice(1, 2 * pairs, 2)) if interleaved else (slice(pairs), slice(pairs, 2 * pairs))
+    )
+    rotated = x.copy()
+    rotated[..., first] = x[..., first] * cosines - x[..., second] * sines
+    rotated[..., second] = x[..., second] * cosines + x[..., first] * sines
+    return rotated
+
+
+def head_reference(x: np.ndarray, table: np.ndarray, interleaved: bool, weight: Any, eps: float) -> np.ndarray:
+    """Heads normalized when there is a weight, then rotated, in float64."""
+    return rotate_reference(x if weight is None else norm.reference(x, weight, eps), table, interleaved)
+
+
+@functools.cache
+def table_kernels() -> tuple[Kernel, ...]:
+    """The kernels of rope_table: one, since it is libm's double precision that counts."""
+    from headrace.kernels.cpu import rope
+    from headrace.ops.per_isa import per_isa
+
+    return per_isa(rope.run_table, ("portable",))
+
+
+@functools.cache
+def append_kernels() -> tuple[Kernel, ...]:
+    """The kernels of rope_append."""
+    from headrace.kernels.cpu import rope
+    from headrace.ops.per_isa import per_isa
+
+    return per_isa(rope.run_append)
