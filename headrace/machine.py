@@ -150,13 +150,15 @@ def keep_roofs(
 ) -> Machine:
     """The machine with these roofs added, from now on and, where the cache can be written, in later processes.
 
-    Points of `reads` join those already kept; `products`, when given, means a whole new measurement and replaces all.
+    Points of `reads` join those already kept, the higher of two for one size: others on the machine only ever make a
+    measurement slower. `products`, when given, means a whole new measurement and replaces all.
     """
     kept = _kept_roofs()
     if products is not None:
         kept["reads"], kept["products"] = {}, {unit: dict(rates) for unit, rates in products.items()}
     for threads, points in reads.items():
-        kept["reads"][threads] = {**kept["reads"].get(threads, {}), **points}
+        known = kept["reads"].setdefault(threads, {})
+        known.update({size: max(rate, known.get(size, 0.0)) for size, rate in points.items()})
     with suppress(OSError):  # a read-only cache is no reason to fail
         _write_whole(_roofs_path(), json.dumps({"version": PROBES_VERSION, **kept}))
     this_machine.cache_clear()

@@ -111,6 +111,12 @@ def test_between_points_the_roof_is_between_and_falls_with_size() -> None:
     assert roofs[3] == pytest.approx(math.sqrt(90e9 * 30e9))  # half way in log size
 
 
+def test_of_two_measurements_of_a_size_the_higher_is_the_roof() -> None:
+    for rate in (40e9, 50e9, 30e9):
+        keep_roofs({CORES: {100 << 20: rate}})
+    assert this_machine().roof_for(100 << 20) == 50e9
+
+
 def test_a_new_measurement_replaces_the_points_of_the_old() -> None:
     keep_roofs({CORES: {3 * CACHE_BYTES: 1e9}})
     assert keep_roofs(READS, PRODUCTS).reads == READS

@@ -1,0 +1,42 @@
+"""Repeated measurements: their middle and their spread, and taking turns so that all see the same machine."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Some measurements of one thing, in any unit."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+    @classmethod
+    def of(cls, samples: Sequence[float]) -> Spread:
+        return cls(statistics.median(samples), min(samples), max(samples), len(samples))
+
+    def __str__(self) -> str:
+        digits = 1 if self.median < 1000 else 0
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f}, {self.count})"
+
+
+def alternate(
+    samplers: Mapping[str, Callable[[], float]], rounds: int, settle: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """One sample of each, round after round; every round begins with the next one. `settle` is called before each.
+
+    What a machine does for others changes by the minute: only samples taken in turns may be compared.
+    """
+    names = list(samplers)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        first = number % len(names) if names else 0
+        for name in names[first:] + names[:first]:
+            settle()
+            samples[name].append(samplers[name]())
+    return samples
