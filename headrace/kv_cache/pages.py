@@ -1,8 +1,8 @@
 """The page pool: which pages of the KV cache are in use, and by how many. Integers only.
 
-A page holds the keys and values of `page_size` consecutive tokens, in every layer. Requests with the same beginning hold
-the same pages, so a page counts its owners and is free again when the last one lets go. What a page contains, and who
-its owners are, is not known here.
+A page holds the keys and values of `page_size` consecutive tokens, in every layer. Requests with the same beginning
+hold the same pages, so a page counts its owners and is free again when the last one lets go. What a page contains, and
+who its owners are, is not known here.
 
 Every operation costs the same per page whatever the size of the pool. Freed pages are handed out again first: they are
 the ones whose memory is already there and in a cache. Absent on purpose: eviction, prefixes, memory.

@@ -6,6 +6,7 @@ That happens here and nowhere else.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,7 +79,13 @@ def zeros(shape: Sequence[int], dtype: str) -> Fixed:
 
 def dtype_name(array: Any) -> str:
     """The element type's name as NumPy spells it ("float32", "bfloat16", ...), for any array library."""
-    return str(array.dtype).removeprefix("torch.")
+    return _dtype_text(array.dtype)
+
+
+@functools.cache
+def _dtype_text(dtype: Any) -> str:
+    # NumPy takes microseconds to spell a dtype.
+    return str(dtype).removeprefix("torch.")
 
 
 def as_tensor(array: Any, name: str) -> native.Tensor:

@@ -1,0 +1,63 @@
+"""The memory of a KV cache: per layer, the pages of keys and the pages of values.
+
+    keys[layer]    [pages, page_size, kv_heads, head_dim]
+    values[layer]  [pages, page_size, kv_heads, value_head_dim]
+
+A page has the same number in every layer. The arrays are as large as the whole cache but take memory only where a page
+has been written, so a large context costs nothing until it is used. Which pages are in use is `pages.py`'s business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.config import ModelConfig
+from headrace.errors import ArgumentError
+from headrace.kernels.cpu.arrays import Fixed, zeros
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The arrays of one model's cache, on the CPU."""
+
+    keys: tuple[Fixed, ...]
+    values: tuple[Fixed, ...]
+    page_size: int
+
+    @property
+    def num_pages(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def dtype(self) -> str:
+        return self.keys[0].dtype
+
+
+def allocate(config: ModelConfig, *, num_pages: int, page_size: int, dtype: str = "float16") -> Storage:
+    """Zeroed pages for every layer of the model. CapacityError when the machine has no room for one layer's array."""
+    _check_dtype(dtype)
+    for name, count in (("num_pages", num_pages), ("page_size", page_size)):
+        if count < 1:
+            raise ArgumentError(f"{name}: expected at least 1, got {count}")
+    rows = (num_pages, page_size, config.num_kv_heads)
+    keys = tuple(zeros((*rows, config.head_dim), dtype) for _ in range(config.num_layers))
+    values = tuple(zeros((*rows, _value_head_dim(config)), dtype) for _ in range(config.num_layers))
+    return Storage(keys, values, page_size)
+
+
+def bytes_per_token(config: ModelConfig, dtype: str = "float16") -> int:
+    """Bytes of keys and values one token takes in all layers together."""
+    _check_dtype(dtype)
+    per_head = (config.head_dim + _value_head_dim(config)) * ITEM_BYTES[dtype]
+    return config.num_layers * config.num_kv_heads * per_head
+
+
+def _value_head_dim(config: ModelConfig) -> int:
+    return config.value_head_dim or config.head_dim
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in ITEM_BYTES:
+        raise ArgumentError(f"dtype: expected {', '.join(ITEM_BYTES)}, got {dtype!r}")
