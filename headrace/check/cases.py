@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from headrace.config import SamplingParams
+
 
 @dataclass(frozen=True)
 class NormCase:
@@ -52,4 +54,66 @@ LINEAR = (
     LinearCase("default_model_output", 1, 576, 576),
     LinearCase("prefill", 29, 80, 1536),
     LinearCase("no_tokens", 0, 16, 32),
+)
+
+
+@dataclass(frozen=True)
+class SamplingCase:
+    """A row of normal logits; `levels` per unit makes equal ones, `excluded` is the share that is -infinity."""
+
+    name: str
+    vocab: int
+    spread: float = 2.0
+    levels: int = 0
+    excluded: float = 0.0
+
+
+SAMPLING = (
+    SamplingCase("one", 1),
+    SamplingCase("below_lanes", 15),
+    SamplingCase("lanes", 16),
+    SamplingCase("prime", 251),
+    SamplingCase("equals", 300, levels=2),
+    SamplingCase("all_equal", 100, spread=0.0),
+    SamplingCase("excluded", 333, excluded=0.7),
+    SamplingCase("peaked", 500, spread=30.0),
+    SamplingCase("block", 1024),
+    SamplingCase("over_block", 2049, levels=4),
+    SamplingCase("large_vocabulary", 150_001, levels=64),
+)
+
+
+@dataclass(frozen=True)
+class SamplingParamsCase:
+    name: str
+    params: SamplingParams
+
+
+SAMPLING_PARAMS = (
+    SamplingParamsCase("greedy", SamplingParams()),
+    SamplingParamsCase("plain", SamplingParams(temperature=1.0)),
+    SamplingParamsCase("cold", SamplingParams(temperature=0.2)),
+    SamplingParamsCase("freezing", SamplingParams(temperature=1e-30)),
+    SamplingParamsCase("hot", SamplingParams(temperature=1e30)),
+    SamplingParamsCase("top_k", SamplingParams(temperature=1.0, top_k=7)),
+    SamplingParamsCase("top_k_all", SamplingParams(temperature=1.0, top_k=10**9)),
+    SamplingParamsCase("top_p", SamplingParams(temperature=0.9, top_p=0.83)),
+    SamplingParamsCase("top_p_one_token", SamplingParams(temperature=1.0, top_p=1e-9)),
+    SamplingParamsCase("min_p", SamplingParams(temperature=1.1, min_p=0.037)),
+    SamplingParamsCase("all_filters", SamplingParams(temperature=1.3, top_k=90, top_p=0.87, min_p=0.021)),
+    SamplingParamsCase("repetition", SamplingParams(repetition_penalty=1.3)),
+    SamplingParamsCase("presence", SamplingParams(temperature=1.0, presence_penalty=1.5)),
+    SamplingParamsCase("frequency", SamplingParams(temperature=1.0, top_k=40, frequency_penalty=-0.7)),
+    SamplingParamsCase(
+        "everything",
+        SamplingParams(
+            temperature=0.8,
+            top_k=60,
+            top_p=0.9,
+            min_p=0.013,
+            repetition_penalty=0.8,
+            presence_penalty=-0.3,
+            frequency_penalty=0.45,
+        ),
+    ),
 )

@@ -1,0 +1,174 @@
+"""sample(logits [rows, vocab], params [rows]) -> token ids [rows]
+
+    x = logits; of each token seen in prompt or answer: x / repetition where x > 0, x * repetition elsewhere
+    x = x - presence * (count > 0) - frequency * count      count: how often the token is in the answer
+    greedy (temperature 0): the largest x, of equal ones the lowest id
+    p = e^((x - max x) / temperature), tokens in the order of falling x, equal ones of rising id:
+      top_k: the first k;  top_p: of those the shortest beginning with top_p of their weight;  min_p: p >= min_p
+    the token: the first, by id, where the sum of what is kept exceeds u of its total;  u = uniform(seed, step)
+
+The draw is counter-based: nothing but the row's own logits, parameters, seed and step decides its token.
+Top-p: Holtzman et al. 2020. Min-p: Nguyen et al. 2024. Repetition penalty: Keskar et al. 2019.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from headrace.config import SamplingParams
+from headrace.errors import ArgumentError
+from headrace.kernels.cpu.arrays import dtype_name, shape_of
+from headrace.ops.select import Kernel, Request, Traffic, choose
+
+TokenIds = Sequence[Sequence[int]]
+FLOPS_PER_LOGIT = 20  # the exponential's
+
+
+def sample(
+    logits: Any,
+    params: Sequence[SamplingParams],
+    *,
+    seeds: Sequence[int],
+    steps: Sequence[int],
+    prompt_ids: TokenIds | None = None,
+    answer_ids: TokenIds | None = None,
+    kernel: str | None = None,
+) -> np.ndarray:
+    """Token ids, int32 [rows], one for each row of logits.
+
+    logits: [rows, vocab] float32; -inf excludes a token. params, seeds and steps: one per row; `params[i].seed` is not
+    looked at. prompt_ids, answer_ids: what each row has seen, for the penalties; not read without them. Raises
+    ArgumentError when a row holds NaN or +inf or nothing above -inf, and for numbers out of range.
+    """
+    shape = shape_of(logits, "logits")
+    asked = request(shape, dtype_name(logits))
+    _check(asked, params=params, seeds=seeds, steps=steps, prompt_ids=prompt_ids, answer_ids=answer_ids)
+    counts = token_counts(params, prompt_ids, answer_ids)
+    out = np.empty(len(params), np.int32)
+    return choose(kernels(), asked, kernel).run(logits, settings(params, seeds, steps), counts, out)
+
+
+def settings(params: Sequence[SamplingParams], seeds: Sequence[int], steps: Sequence[int]) -> list[np.ndarray]:
+    """The rows' numbers as kernels read them: reals [rows, 6] float64 and integers [rows, 3] int64."""
+    reals = [
+        (p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params
+    ]
+    integers = [(p.top_k, seed, step) for p, seed, step in zip(params, seeds, steps, strict=True)]
+    return [np.array(reals, np.float64).reshape(-1, 6), np.array(integers, np.int64).reshape(-1, 3)]
+
+
+def token_counts(
+    params: Sequence[SamplingParams], prompt_ids: TokenIds | None, answer_ids: TokenIds | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """(ids, counts, starts): the ids each row has seen, rising; how often in its answer; where each row begins.
+
+    None when no row has a penalty, or nothing was seen.
+    """
+    if not any(map(_penalized, params)) or (prompt_ids is None and answer_ids is None):
+        return None
+    ids, counts, starts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [0]
+    for row, param in enumerate(params):
+        if _penalized(param):
+            prompt = np.asarray(prompt_ids[row] if prompt_ids is not None else (), np.int32)
+            answer = np.asarray(answer_ids[row] if answer_ids is not None else (), np.int32)
+            seen, where = np.unique(np.concatenate([prompt, answer]), return_inverse=True)
+            ids.append(seen)
+            counts.append(np.bincount(where[len(prompt) :], minlength=len(seen)).astype(np.int32))
+        starts.append(starts[-1] + (len(ids[-1]) if _penalized(param) else 0))
+    return np.concatenate(ids), np.concatenate(counts), np.array(starts, np.int32)
+
+
+def _penalized(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
+
+
+def reference(
+    logits: np.ndarray,
+    params: SamplingParams,
+    prompt_ids: Sequence[int] = (),
+    answer_ids: Sequence[int] = (),
+    dtype: Any = np.float64,
+) -> np.ndarray:
+    """Probabilities [vocab] of one row, by sorting. Greedy: all of it on one token."""
+    x = penalized(logits.astype(dtype), params, prompt_ids, answer_ids)
+    if params.temperature == 0:
+        return np.eye(1, len(x), int(np.argmax(x)), dtype=dtype)[0]
+    weights = np.exp((x - x.max()) / dtype(params.temperature))
+    order = np.argsort(-x, kind="stable")
+    if params.top_k:
+        order = order[: params.top_k]
+    if params.top_p < 1:
+        sums = np.cumsum(weights[order])
+        order = order[: np.searchsorted(sums, params.top_p * sums[-1]) + 1]
+    kept = np.zeros_like(weights)
+    kept[order] = np.where(weights[order] >= params.min_p, weights[order], 0)
+    return kept / kept.sum()
+
+
+def penalized(
+    x: np.ndarray, params: SamplingParams, prompt_ids: Sequence[int], answer_ids: Sequence[int]
+) -> np.ndarray:
+    """Logits [vocab] with the three penalties."""
+    seen = np.unique(np.array([*prompt_ids, *answer_ids], np.int64))
+    count = np.bincount(np.array(answer_ids, np.int64), minlength=len(x))
+    x = x.copy()
+    x[seen] = np.where(x[seen] > 0, x[seen] / params.repetition_penalty, x[seen] * params.repetition_penalty)
+    return x - (params.presence_penalty * (count > 0) + params.frequency_penalty * count).astype(x.dtype)
+
+
+def uniform(seed: int, step: int) -> float:
+    """The number in [0, 1) of a draw, a multiple of 2^-53: Philox 4x32-10 of key `seed` and counter `step`."""
+    words = philox((step & 0xFFFFFFFF, step >> 32, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
+    return ((words[0] << 32 | words[1]) >> 11) * 2.0**-53
+
+
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Four random words from four words and a key: Philox 4x32-10 of Salmon, Moraes, Dror and Shaw 2011."""
+    for _ in range(10):
+        a, b = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
+        counter = (b >> 32 ^ counter[1] ^ key[0], b & 0xFFFFFFFF, a >> 32 ^ counter[3] ^ key[1], a & 0xFFFFFFFF)
+        key = ((key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF)
+    return counter
+
+
+def logits_hash(logits: np.ndarray) -> str:
+    """16 hexadecimal digits that tell apart logits differing in one bit: BLAKE2b of their float32 bytes."""
+    values = np.ascontiguousarray(logits, dtype="<f4")
+    return hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
+
+
+def request(shape: tuple[int, ...], dtype: str = "float32") -> Request:
+    """The request of a call, from its shape alone: every logit is read once."""
+    elements = math.prod(shape)
+    traffic = Traffic(4 * elements, FLOPS_PER_LOGIT * elements)
+    return Request("sample", {"logits": shape}, {"logits": dtype}, traffic)
+
+
+def _check(asked: Request, **rows: Sequence[Any] | None) -> None:
+    shape = asked.shapes["logits"]
+    if len(shape) != 2 or shape[1] < 1:
+        raise ArgumentError(f"logits: expected [rows, vocab] with vocab >= 1, got {list(shape)}", "logits[None]")
+    if asked.dtypes["logits"] != "float32":
+        raise ArgumentError(f"logits: expected float32, got {asked.dtypes['logits']}")
+    for name, values in rows.items():
+        if values is not None and len(values) != shape[0]:
+            raise ArgumentError(f"{name}: expected {shape[0]}, one per row of logits, got {len(values)}")
+    for name in ("seeds", "steps"):
+        for value in rows[name] or ():
+            if not 0 <= value < 2**63:
+                raise ArgumentError(f"{name}: expected whole numbers in 0..2^63-1, got {value}")
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    """The kernels of this op, imported when first asked for."""
+    from headrace.kernels.cpu import sampling
+    from headrace.ops.per_isa import per_isa
+
+    return per_isa(sampling.run)
