@@ -96,6 +96,7 @@ def _exit_code(function: Callable[..., None], values: dict[str, Any]) -> int:
 
 @verb(app)
 def run(
+    *,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
     sampling: SamplingParams,
     loading: LoadOptions,
@@ -187,6 +188,7 @@ def chat(sampling: SamplingParams, loading: LoadOptions, model: Model = "smollm2
 
 @verb(bench, "model")
 def bench_model(
+    *,
     model: Model = "smollm2",
     prompt_len: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is measured.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded in each measurement.")] = 128,

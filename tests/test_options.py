@@ -1,0 +1,44 @@
+"""A field of a dataclass is an option: its type, its default, and nothing else to write."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+from typer.testing import CliRunner
+
+from headrace.options import with_options
+
+
+@dataclass(frozen=True)
+class Settings:
+    long_name: int = 3
+    ratio: float | None = None
+    loud: bool = False
+    words: tuple[str, ...] = ()
+
+
+def _given(*arguments: str) -> tuple[str, Settings]:
+    seen: list[tuple[str, Settings]] = []
+    app = typer.Typer()
+
+    @with_options
+    def verb(text: Annotated[str, typer.Argument()], settings: Settings) -> None:
+        seen.append((text, settings))
+
+    app.command()(verb)
+    result = CliRunner().invoke(app, list(arguments))
+    assert result.exit_code == 0, result.output
+    return seen[0]
+
+
+def test_defaults_are_those_of_the_class() -> None:
+    text, settings = _given("hello")
+    assert text == "hello"
+    assert (settings.long_name, settings.ratio, settings.loud, tuple(settings.words)) == (3, None, False, ())
+
+
+def test_every_kind_of_field_can_be_given() -> None:
+    _, settings = _given("x", "--long-name", "5", "--ratio", "0.5", "--loud", "--words", "a", "--words", "b c")
+    assert (settings.long_name, settings.ratio, settings.loud, tuple(settings.words)) == (5, 0.5, True, ("a", "b c"))
