@@ -70,7 +70,7 @@ class Fixed:
 
 
 def zeros(shape: Sequence[int], dtype: str) -> Fixed:
-    """A zeroed array on large pages. Memory is taken page by page when first written; CapacityError when there is none."""
+    """A zeroed array on large pages, which take memory when first written. CapacityError when there is none."""
     num_bytes = math.prod(shape) * np.dtype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype).itemsize
     if num_bytes >= _ADDRESSABLE_BYTES:
         raise CapacityError(f"memory: expected less than {_ADDRESSABLE_BYTES} bytes for one array, got {num_bytes}")
