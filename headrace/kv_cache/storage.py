@@ -3,17 +3,21 @@
     keys[layer]    [pages, page_size, kv_heads, head_dim]
     values[layer]  [pages, page_size, kv_heads, value_head_dim]
 
-A page has the same number in every layer. The arrays are as large as the whole cache but take memory only where a page
-has been written, so a large context costs nothing until it is used. Which pages are in use is `pages.py`'s business.
+A page has the same number in every layer, and its keys and values of all layers lie side by side: the arrays of a layer
+are strided views of one block. The block is as large as the whole cache but takes memory only where a page has been
+written, from the front, so a large context costs nothing until it is used. Which pages are in use is `pages.py`'s business.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
 
 from headrace.config import ModelConfig
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import Fixed, zeros
+from headrace.kernels.cpu.arrays import Fixed, as_tensor, zeros
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -36,14 +40,17 @@ class Storage:
 
 
 def allocate(config: ModelConfig, *, num_pages: int, page_size: int, dtype: str = "float16") -> Storage:
-    """Zeroed pages for every layer of the model. CapacityError when the machine has no room for one layer's array."""
+    """Zeroed pages for every layer of the model. CapacityError when the machine has no room for them."""
     _check_dtype(dtype)
     for name, count in (("num_pages", num_pages), ("page_size", page_size)):
         if count < 1:
             raise ArgumentError(f"{name}: expected at least 1, got {count}")
-    rows = (num_pages, page_size, config.num_kv_heads)
-    keys = tuple(zeros((*rows, config.head_dim), dtype) for _ in range(config.num_layers))
-    values = tuple(zeros((*rows, _value_head_dim(config)), dtype) for _ in range(config.num_layers))
+    key_shape = (page_size, config.num_kv_heads, config.head_dim)
+    value_shape = (page_size, config.num_kv_heads, _value_head_dim(config))
+    num_keys, num_values = math.prod(key_shape), math.prod(value_shape)
+    block = zeros((num_pages, config.num_layers, num_keys + num_values), dtype).numpy()
+    keys = tuple(_view(block[:, i, :num_keys], key_shape) for i in range(config.num_layers))
+    values = tuple(_view(block[:, i, num_keys:], value_shape) for i in range(config.num_layers))
     return Storage(keys, values, page_size)
 
 
@@ -52,6 +59,10 @@ def bytes_per_token(config: ModelConfig, dtype: str = "float16") -> int:
     _check_dtype(dtype)
     per_head = (config.head_dim + _value_head_dim(config)) * ITEM_BYTES[dtype]
     return config.num_layers * config.num_kv_heads * per_head
+
+
+def _view(pages: np.ndarray, shape: tuple[int, ...]) -> Fixed:
+    return Fixed(as_tensor(pages.reshape(len(pages), *shape), "pages"))
 
 
 def _value_head_dim(config: ModelConfig) -> int:

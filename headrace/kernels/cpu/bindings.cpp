@@ -191,6 +191,7 @@ void bind_ops(nb::module_& m) {
 
 NB_MODULE(_native, m) {
   nb::register_exception_translator(translate);
+  nb::set_leak_warnings(false);  // what still lives when the interpreter ends is not lost
   m.def("best_isa", [] { return std::string(isa_name(best_isa())); });
   m.def("cpu_flags", &cpu_flags);
   m.def("wrap", &wrap);

@@ -312,7 +312,7 @@ WeightRef pack_weight(Pool& pool, WeightFormat format, int64_t rows, int64_t col
   weight->rows = rows;
   weight->cols = cols;
   weight->panel_stride = panel_bytes(format, cols);
-  weight->memory = allocate_bytes(weight->bytes());
+  weight->memory = pool.arena().take(weight->bytes());
   pool.submit(std::make_unique<Pack>(*weight, raw));
   return weight;
 }

@@ -14,6 +14,11 @@
 namespace headrace {
 namespace {
 
+// Between two steps the caller is in Python for some 0.1 ms: long enough to lose by sleeping, too short to gain by it.
+constexpr double kSpinSeconds = 2e-3;
+constexpr int kSpinsBeforeYield = 1 << 14;
+constexpr int kSpinsBeforePause = 1 << 13;
+
 void pause_cpu() {
 #if defined(__x86_64__)
   _mm_pause();
@@ -22,13 +27,16 @@ void pause_cpu() {
 #endif
 }
 
+// NOTE: in a virtual machine a row of PAUSEs is taken for idling and hands the core to the host: some 10 us for a wait
+// that was over after one. So short waits are spent on nothing, and only long ones pause.
+void wait_a_little(int spins) {
+  if (spins > kSpinsBeforePause) return pause_cpu();
+  for (int i = 0; i < 8; ++i) asm volatile("nop");
+}
+
 double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
-
-// Between two steps the caller is in Python for some 0.1 ms: long enough to lose by sleeping, too short to gain by it.
-constexpr double kSpinSeconds = 2e-3;
-constexpr int kSpinsBeforeYield = 1 << 12;
 
 }  // namespace
 
@@ -189,7 +197,7 @@ void Pool::barrier() {
     return;
   }
   for (int spins = 1; generation_.load(std::memory_order_acquire) == generation; ++spins) {
-    pause_cpu();
+    wait_a_little(spins);
     if (spins % kSpinsBeforeYield == 0) sched_yield();
   }
 }

@@ -66,8 +66,10 @@ class Pool : public Runner {
   // Runs the ops in order; `seconds`, when given, receives the time of each. Rethrows what a worker threw.
   void run(const std::vector<std::unique_ptr<Op>>& ops, const Sizes& sizes, std::vector<double>* seconds = nullptr);
   int num_threads() const { return num_threads_; }
+  Arena& arena() { return arena_; }  // for what lives long; not for several threads at once
 
  private:
+  Arena arena_;
   struct Job {
     const std::vector<std::unique_ptr<Op>>* ops = nullptr;
     Sizes sizes;

@@ -79,4 +79,17 @@ std::shared_ptr<void> allocate_bytes(int64_t bytes) {
   return std::shared_ptr<void>(data, [raw, reserve](void*) { munmap(raw, reserve); });
 }
 
+std::shared_ptr<void> Arena::take(int64_t bytes) {
+  constexpr int64_t kBlockBytes = int64_t{16} << 20;
+  if (bytes >= kBlockBytes) return allocate_bytes(bytes);
+  if (used_ + bytes > size_) {
+    block_ = allocate_bytes(kBlockBytes);
+    size_ = kBlockBytes;
+    used_ = 0;
+  }
+  void* piece = static_cast<char*>(block_.get()) + used_;
+  used_ += (bytes + 63) & ~int64_t{63};
+  return std::shared_ptr<void>(block_, piece);
+}
+
 }  // namespace headrace

@@ -87,4 +87,15 @@ struct Expect {
 // 2 MiB pages where the system gives them, zeroed, 64-byte aligned at least.
 std::shared_ptr<void> allocate_bytes(int64_t bytes);
 
+// Many small pieces on few 2 MiB pages: a matrix of 300 KB on pages of its own would be on 4 KiB ones, where every page
+// costs a look-up and stops the prefetcher. A block lives as long as any of its pieces.
+class Arena {
+ public:
+  std::shared_ptr<void> take(int64_t bytes);  // 64-byte aligned, zeroed
+
+ private:
+  std::shared_ptr<void> block_;
+  int64_t used_ = 0, size_ = 0;
+};
+
 }  // namespace headrace
