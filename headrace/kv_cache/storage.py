@@ -5,7 +5,7 @@
 
 A page has the same number in every layer, and its keys and values of all layers lie side by side: the arrays of a layer
 are strided views of one block. The block is as large as the whole cache but takes memory only where a page has been
-written, from the front, so a large context costs nothing until it is used. Which pages are in use is `pages.py`'s business.
+written, from the front: a large context costs nothing until it is used. Which pages are used is `pages.py`'s business.
 """
 
 from __future__ import annotations
