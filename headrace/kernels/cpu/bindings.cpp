@@ -116,6 +116,8 @@ void translate(const std::exception_ptr& e, void*) {
     std::rethrow_exception(e);
   } catch (const std::invalid_argument& error) {
     raise("ArgumentError", error.what());
+  } catch (const ForkedPool& error) {
+    raise("HeadraceError", error.what());
   } catch (const std::bad_alloc&) {
     raise("CapacityError", "memory: the system has none left for this");
   }

@@ -56,8 +56,8 @@ Pool::Pool(int num_threads) : num_threads_(num_threads), owner_process_(getpid()
 }
 
 Pool::~Pool() {
-  if (getpid() != owner_process_) {  // a forked child owns no threads
-    for (auto& t : threads_) t.detach();
+  if (getpid() != owner_process_) {  // a forked child has no threads to join, and cannot detach them either
+    new std::vector<std::thread>(std::move(threads_));
     return;
   }
   {
@@ -65,8 +65,9 @@ Pool::~Pool() {
     stopping_ = true;
     job_number_.fetch_add(1, std::memory_order_release);
   }
-  sleep_.notify_all();
+  sleep_->notify_all();
   for (auto& t : threads_) t.join();
+  delete sleep_;
 }
 
 void Pool::submit(std::unique_ptr<Op> op) {
@@ -86,8 +87,7 @@ TensorRef Pool::buffer(DType dtype, Rows, std::vector<int64_t> shape) {
 }
 
 void Pool::run(const std::vector<std::unique_ptr<Op>>& ops, const Sizes& sizes, std::vector<double>* seconds) {
-  if (getpid() != owner_process_)
-    throw std::runtime_error("threads: this process was forked after the pool was made; make a new one in the child");
+  if (getpid() != owner_process_) throw ForkedPool();
   std::lock_guard<std::mutex> one_run(running_);
   job_ = Job{&ops, sizes, seconds};
   failure_ = nullptr;
@@ -122,7 +122,7 @@ void Pool::wake_all() {
     job_number_.fetch_add(1, std::memory_order_release);
     any_asleep = sleepers_ > 0;
   }
-  if (any_asleep) sleep_.notify_all();
+  if (any_asleep) sleep_->notify_all();
 }
 
 bool Pool::wait_for_job(uint64_t seen) {
@@ -132,7 +132,7 @@ bool Pool::wait_for_job(uint64_t seen) {
     if (spins % 1024 || now() < deadline) continue;
     std::unique_lock<std::mutex> lock(sleep_mutex_);
     ++sleepers_;
-    sleep_.wait(lock, [&] { return job_number_.load(std::memory_order_relaxed) != seen; });
+    sleep_->wait(lock, [&] { return job_number_.load(std::memory_order_relaxed) != seen; });
     --sleepers_;
   }
   std::lock_guard<std::mutex> lock(sleep_mutex_);

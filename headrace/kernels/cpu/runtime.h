@@ -49,6 +49,11 @@ class Op {
   std::vector<TensorRef> reads_, writes_;
 };
 
+// A forked child has the pool's memory but none of its threads.
+struct ForkedPool : std::runtime_error {
+  ForkedPool() : std::runtime_error("threads: this process was forked after the pool was made; make a new one in the child") {}
+};
+
 // Where ops go: a Pool runs them at once, a Program records them.
 class Runner {
  public:
@@ -91,7 +96,8 @@ class Pool : public Runner {
   std::vector<std::unique_ptr<Worker>> workers_;
 
   std::mutex sleep_mutex_;
-  std::condition_variable sleep_;
+  // NOTE: never destroyed in a forked child, where its waiters are gone and it would wait for them.
+  std::condition_variable* const sleep_ = new std::condition_variable;
   std::exception_ptr failure_;
   std::mutex failure_mutex_;
   bool stopping_ = false;
