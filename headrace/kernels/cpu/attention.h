@@ -106,12 +106,12 @@ static void clear_rows(int64_t rows, int64_t value_stride, float* acc, float* to
 
 // acc / total to the row of out that belongs to it; nothing seen is zero.
 static void write_row(const AttentionCall& c, int64_t token_row, int64_t head, const float* acc, float total) {
-  Floats factor = broadcast(1.0f / total);
+  Floats divisor = broadcast(total);
   with_element(c.out_type, [&](auto element) {
     using E = decltype(element);
     auto* to = reinterpret_cast<typename E::type*>(c.out) + token_row * c.out_stride + head * c.value_dim;
     for (int64_t i = 0; i < c.value_dim; i += kLanes)
-      store_first<E>(to + i, total == 0.0f ? zero() : mul(load(acc + i), factor), c.value_dim - i);
+      store_first<E>(to + i, total == 0.0f ? zero() : div(load(acc + i), divisor), c.value_dim - i);
   });
 }
 

@@ -19,23 +19,25 @@ template <int rows> constexpr int kColumnsTogether = rows == 1 ? 4 : rows == 2 ?
 #endif
 constexpr int kRowsTogether = 4;
 
-// What to bring closer while something else is computed: one KV head of one block of keys.
+// What to bring closer while something else is computed: some keys of the next block, all KV heads of the work item.
 struct Ahead {
   const char* keys;
   const char* values;
   const Places* places;
-  int64_t key_bytes, value_bytes, item_bytes;
+  int64_t key_bytes, value_bytes, item_bytes, begin, end;
 };
 
-static inline void prefetch_bytes(const char* p, int64_t bytes) {
+// NOTE: gcc takes a function that only prefetches for one without effect and drops the call, unless it is inlined first.
+__attribute__((always_inline)) static inline void prefetch_bytes(const char* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
-static inline void prefetch_keys(const Ahead& ahead, int64_t begin, int64_t end) {
-  if (!ahead.places) return;
-  for (int64_t i = begin; i < lesser(end, ahead.places->count); ++i) {
-    prefetch_bytes(ahead.keys + ahead.places->key[i] * ahead.item_bytes, ahead.key_bytes);
-    prefetch_bytes(ahead.values + ahead.places->value[i] * ahead.item_bytes, ahead.value_bytes);
+// Part `step` of `steps`.
+__attribute__((always_inline)) static inline void prefetch_part(const Ahead& a, int64_t step, int64_t steps) {
+  int64_t n = a.end - a.begin;
+  for (int64_t i = a.begin + n * step / steps; i < a.begin + n * (step + 1) / steps; ++i) {
+    prefetch_bytes(a.keys + a.places->key[i] * a.item_bytes, a.key_bytes);
+    prefetch_bytes(a.values + a.places->value[i] * a.item_bytes, a.value_bytes);
   }
 }
 
@@ -70,7 +72,7 @@ static void score_rows(const AttentionCall& c, const float* query, const typenam
                        const Ahead& ahead, float* scores) {
   constexpr int tile = rows == 3 ? 4 : kLanes / rows, together = kKeysTogether<rows>;
   for (int64_t first = 0; first < places.count; first += tile) {
-    prefetch_keys(ahead, first, first + tile);
+    prefetch_part(ahead, first / tile, kKeyBlock / tile);
     const typename E::type* key[tile];
     for (int i = 0; i < tile; ++i) key[i] = base + places.key[lesser(first + i, places.count - 1)];
     Floats dots[kLanes];
@@ -83,13 +85,14 @@ static void score_rows(const AttentionCall& c, const float* query, const typenam
   }
 }
 
-// acc [rows, columns of 16 lanes] = acc * keep + weights values. `width`: lanes of the last column that exist.
+// acc [rows, columns of 16 lanes] = acc * keep + weights values, the block summed by itself: sums of sums round less.
+// `width`: lanes of the last column that exist.
 template <class E, int rows, int columns>
 static inline void add_columns(const float* weights, const typename E::type* base, const Places& places, int64_t width,
                                float* acc, int64_t acc_stride, const float* keep) {
   Floats total[rows][columns], x[columns];
   for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < columns; ++i) total[r][i] = mul(load(acc + r * acc_stride + i * kLanes), broadcast(keep[r]));
+    for (int i = 0; i < columns; ++i) total[r][i] = zero();
   for (int64_t k = 0; k < places.count; ++k) {
     const typename E::type* value = base + places.value[k];
     for (int i = 0; i < columns; ++i) x[i] = width >= kLanes ? E::load(value + i * kLanes) : load_first<E>(value, width);
@@ -99,7 +102,10 @@ static inline void add_columns(const float* weights, const typename E::type* bas
     }
   }
   for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < columns; ++i) store(acc + r * acc_stride + i * kLanes, total[r][i]);
+    for (int i = 0; i < columns; ++i) {
+      float* to = acc + r * acc_stride + i * kLanes;
+      store(to, fma(load(to), broadcast(keep[r]), total[r][i]));
+    }
 }
 
 template <class E, int rows>
@@ -178,10 +184,14 @@ struct FewScratch {
   }
 };
 
-template <class E> static Ahead ahead_of(const AttentionCall& c, int64_t kv_head, const Places* places) {
+// The share of the next block that is prefetched while KV head number `head` of the item is computed.
+template <class E>
+static Ahead ahead_of(const AttentionCall& c, const AttentionWork& w, int64_t head, const Places& next) {
   constexpr int64_t item = sizeof(typename E::type);
-  return {c.key_pages + kv_head * c.head_dim * item, c.value_pages + kv_head * c.value_dim * item, places, c.head_dim * item,
-          c.value_dim * item, item};
+  int64_t heads = w.head_end - w.head_begin;
+  return {c.key_pages + w.head_begin * c.head_dim * item, c.value_pages + w.head_begin * c.value_dim * item, &next,
+          heads * c.head_dim * item, heads * c.value_dim * item, item, next.count * head / heads,
+          next.count * (head + 1) / heads};
 }
 
 template <class E> static void attend_chunk(const AttentionCall& c, const AttentionWork& w) {
@@ -201,8 +211,7 @@ template <class E> static void attend_chunk(const AttentionCall& c, const Attent
     next->count = 0;
     if (end < w.key_end) find_places(c, w.pages, end, block_end(end), *next);
     for (int64_t h = 0; h < heads; ++h) {
-      bool last = h + 1 == heads;
-      Ahead ahead = ahead_of<E>(c, w.head_begin + (last ? 0 : h + 1), last ? next : now);
+      Ahead ahead = ahead_of<E>(c, w, h, *next);
       attend_block<E>(c, w, w.head_begin + h, begin, *now, ahead, s.of_head(c, h, rows), s.scores, s.keep);
     }
     Places* done = now;

@@ -17,14 +17,13 @@ constexpr int kVectorsTogether = 4;
 constexpr int kVectorsTogether = 1;
 #endif
 
-// c [rows, vectors x 16] = c * keep + a [rows, depth] b [depth, vectors x 16]; without keep, c starts at zero.
+// c [rows, vectors x 16] = c * keep + a [rows, depth] b [depth, vectors x 16]; without keep, what was in c is dropped.
 template <int rows, int vectors>
 static inline void outer_products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                                   int64_t c_stride, int64_t depth, const float* keep) {
   Floats total[rows][vectors], x[vectors];
   for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < vectors; ++i)
-      total[r][i] = keep ? mul(load(c + r * c_stride + i * kLanes), broadcast(keep[r])) : zero();
+    for (int i = 0; i < vectors; ++i) total[r][i] = zero();
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     for (int i = 0; i < vectors; ++i) x[i] = load(b + i * kLanes);
     for (int r = 0; r < rows; ++r) {
@@ -33,7 +32,10 @@ static inline void outer_products(const float* a, int64_t a_stride, const float*
     }
   }
   for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < vectors; ++i) store(c + r * c_stride + i * kLanes, total[r][i]);
+    for (int i = 0; i < vectors; ++i) {
+      float* to = c + r * c_stride + i * kLanes;
+      store(to, keep ? fma(load(to), broadcast(keep[r]), total[r][i]) : total[r][i]);
+    }
 }
 
 struct Product {

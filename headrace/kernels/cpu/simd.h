@@ -421,10 +421,11 @@ static inline Ints dot4_wide(Ints acc, Bytes u, const int8_t* four) { return dot
 
 #endif
 
-// e^x. Relative error below 2.5e-7 for x in [-87.3, 88.3]; 0 below that, and the largest value above.
+// e^x. Relative error below 2.5e-7 for x in [-87.3, 88.3]; 0 below that, and the largest value above; NaN of NaN (the
+// order of operands matters: of a NaN and a number, minimum and maximum give the second).
 static inline Floats exponential(Floats x) {
   const Floats lowest = broadcast(-87.33654f);
-  Floats clamped = minimum(maximum(x, lowest), broadcast(88.3762f));
+  Floats clamped = minimum(broadcast(88.3762f), maximum(lowest, x));
   Floats n = round_even(mul(clamped, broadcast(1.44269504f)));
   Floats r = fma(n, broadcast(-0.693359375f), clamped);
   r = fma(n, broadcast(2.12194440e-4f), r);

@@ -105,7 +105,13 @@ static inline void transpose(Floats v[kLanes]) {
 
 static inline Floats sums_of(const Floats v[kLanes]) {
   Floats r;
-  for (int i = 0; i < kLanes; ++i) r.v[i] = sum(v[i]);
+  for (int i = 0; i < kLanes; ++i) {
+    float half[kLanes];
+    memcpy(half, v[i].v, sizeof half);
+    for (int n = kLanes / 2; n > 0; n /= 2)
+      for (int j = 0; j < n; ++j) half[j] += half[j + n];
+    r.v[i] = half[0];
+  }
   return r;
 }
 static inline void transpose(Floats v[kLanes]) {
