@@ -20,13 +20,11 @@ static void quantize_row(const float* x, int64_t n, int8_t* values, BlockRecord*
     float top = largest(maximum(absolute(low), absolute(high)));
     float scale = top / 127.0f;
     Floats inverse = broadcast(top > 0 ? 127.0f / top : 0.0f);
-    store_int8(values, mul(low, inverse));
-    store_int8(values + kLanes, mul(high, inverse));
-    int32_t low_sum = 0, high_sum = 0;
-    for (int i = 0; i < kLanes; ++i) {
-      low_sum += values[i];
-      high_sum += values[i + kLanes];
-    }
+    low = round_even(mul(low, inverse));
+    high = round_even(mul(high, inverse));
+    store_int8(values, low);
+    store_int8(values + kLanes, high);
+    auto low_sum = static_cast<int32_t>(sum(low)), high_sum = static_cast<int32_t>(sum(high));
     records[b] = {scale, scale * static_cast<float>(low_sum + high_sum), low_sum, high_sum};
   }
 }

@@ -8,9 +8,23 @@ namespace headrace {
 namespace {
 
 constexpr int64_t kRowsPerChunk = 4;
-constexpr int64_t kChunksPerThread = 8;  // enough to even out, few enough that the counter costs nothing
+constexpr int64_t kLateChunksPerThread = 4;
 constexpr int64_t kFewestStripTokens = 16;
 constexpr int64_t kTileColumns = 32;
+
+// How strips are shared out: half of them as one long run per thread, which memory streams best, the rest in short
+// runs that even out what one thread is late by.
+struct Shares {
+  int64_t total, threads, first, later, chunks;
+  Shares(int64_t strips, int64_t num_threads) : total(strips), threads(num_threads), first(strips / (2 * num_threads)) {
+    int64_t rest = total - first * threads;
+    later = std::max<int64_t>(1, rest / (threads * kLateChunksPerThread));
+    chunks = threads + (rest + later - 1) / later;
+  }
+  int64_t begin(int64_t chunk) const {
+    return std::min(total, chunk <= threads ? chunk * first : threads * first + (chunk - threads) * later);
+  }
+};
 
 struct Item {
   LinearPart part;
@@ -38,14 +52,14 @@ class Linear : public Op {
   int64_t chunks(int phase, const Sizes& sizes, int num_threads) const override {
     int64_t tokens = x_->rows(sizes);
     if (phase == 0) return quantize_ || wide_ || x_high_ ? (tokens + kRowsPerChunk - 1) / kRowsPerChunk : 0;
-    return tokens ? (strips_ + strips_per_chunk(num_threads) - 1) / strips_per_chunk(num_threads) : 0;
+    return tokens ? Shares(strips_, num_threads).chunks : 0;
   }
 
   void run(int phase, int64_t chunk, Worker& worker, const Sizes& sizes) override {
     int64_t tokens = x_->rows(sizes);
     if (phase == 0) return prepare_rows(chunk * kRowsPerChunk, std::min((chunk + 1) * kRowsPerChunk, tokens), tokens);
-    int64_t step = strips_per_chunk(worker.num_threads());
-    for (int64_t s = chunk * step; s < std::min((chunk + 1) * step, strips_); ++s) run_strip(s, tokens, worker);
+    Shares shares(strips_, worker.num_threads());
+    for (int64_t s = shares.begin(chunk); s < shares.begin(chunk + 1); ++s) run_strip(s, tokens, worker);
   }
 
  private:
@@ -60,10 +74,6 @@ class Linear : public Op {
       if (w && (w->format == WeightFormat::F16 || w->format == WeightFormat::BF16)) needs_low_ = true;
     auto is_quantized = [](const WeightRef& w) { return w && format_info(w->format).bits > 0; };
     if (!exact_ && (is_quantized(item.part.weight) || is_quantized(item.up))) quantize_ = true;
-  }
-
-  int64_t strips_per_chunk(int num_threads) const {
-    return std::max<int64_t>(1, strips_ / (num_threads * kChunksPerThread));
   }
 
   bool tiles_fit(const Item& item, int64_t tokens) const {
