@@ -26,6 +26,6 @@ def logits(step: StepInputs, weights: ModelWeights, pages: Sequence[tuple[Any, A
     frequencies = inverse_frequencies(config.rope, weights.rope_factors)
     rope = rope_table(step.positions, frequencies, magnitude=magnitude(config.rope))
     for layer, layer_pages in zip(weights.layers, pages, strict=True):
-        x = attention(x, layer.attention, layer_pages, rope, step, config)
+        x = attention(x, layer.attention, layer_pages, rope=rope, step=step, config=config)
         x = feed_forward(x, layer.feed_forward, config)
     return linear(rms_norm(select_rows(x, step.output_rows), weights.norm, eps=config.norm_eps), weights.head)

@@ -77,7 +77,7 @@ class StepInputs:
 
 
 def attention(
-    x: Buffer, weights: AttentionWeights, pages: tuple[Any, Any], rope: Buffer, step: StepInputs, config: ModelConfig
+    x: Buffer, weights: AttentionWeights, pages: tuple[Any, Any], *, rope: Buffer, step: StepInputs, config: ModelConfig
 ) -> Buffer:
     """x + output(attention(norm(x))), with this step's keys and values appended to the pages."""
     h = rms_norm(x, weights.norm, eps=config.norm_eps)
@@ -96,7 +96,12 @@ def attention(
     )
     window = (config.sliding_window - 1, None) if config.sliding_window else (None, None)
     mixed = paged_attention(
-        query, *pages, step.page_table, step.sequence_lens, step.query_starts, causal=True, window=window
+        query,
+        *pages,
+        page_table=step.page_table,
+        sequence_lens=step.sequence_lens,
+        query_starts=step.query_starts,
+        window=window,
     )
     return linear(mixed.view(config.num_heads * config.value_head_dim), weights.output, residual=x)
 

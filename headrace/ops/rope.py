@@ -7,7 +7,7 @@
         rotated query -> out;  rotated key, value -> pages [pages, page_size, kv_heads, head_dim] at the token's slot
 
 A slot is page * page_size + offset. Pairs are (2i, 2i + 1) when interleaved, else (i, i + rotary_dim / 2); elements
-from rotary_dim on stay. With norms, each head is rms-normalized before. The table is made once per step, for all layers.
+from rotary_dim on stay. With norms, each head is rms-normalized before. The table is made once per step for all layers.
 
 Su et al. 2021, "RoFormer"; Peng et al. 2023, "YaRN"; the Llama 3 report for factors per frequency.
 """

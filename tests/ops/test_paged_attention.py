@@ -40,7 +40,7 @@ def skip_unless_it_can_run(name):
 
 def computed(case, batch, out_dtype="float32", **options):
     out = poisoned(out_shape(case), out_dtype)
-    assert op.paged_attention(*batch.values(), **options_of(case), out=out, **options) is out
+    assert op.paged_attention(**batch, **options_of(case), out=out, **options) is out
     return out
 
 
@@ -53,7 +53,7 @@ def straightforward(batch, exact, **options):
     for seed in range(6):
         order = np.random.default_rng(seed).permutation(batch["query"].shape[2])
         shuffled = batch | {name: batch[name][..., order] for name in ("query", "key_pages")}
-        other = op.reference(*shuffled.values(), **options, dtype=np.float32)
+        other = op.reference(**shuffled, **options, dtype=np.float32)
         worst = np.where(np.abs(other - exact) > np.abs(worst - exact) * (seed > 0), other, worst)
     return worst
 
@@ -62,7 +62,7 @@ def straightforward(batch, exact, **options):
 def expected(case, dtype, query_dtype="float32", seed=0):
     """A batch, what is exact for it, and what a straightforward computation makes of it."""
     batch = paged_batch(case, dtype, query_dtype, seed)
-    exact = op.reference(*batch.values(), **options_of(case))
+    exact = op.reference(**batch, **options_of(case))
     return batch, exact, straightforward(batch, exact, **options_of(case))
 
 
@@ -129,9 +129,9 @@ def recorded(case, batch, threads, spare=0):
         return Buffer(tensor.follow(kinds[name]) if name in kinds else tensor, program)
 
     kept = []
-    arrays = [buffer(name, array) for name, array in batch.items()]
+    arrays = {name: buffer(name, array) for name, array in batch.items()}
     out = poisoned((tokens + spare, *out_shape(case)[1:]), "float32")
-    op.paged_attention(*arrays, **options_of(case), out=Buffer(as_tensor(out, "out").follow("tokens"), program))
+    op.paged_attention(**arrays, **options_of(case), out=Buffer(as_tensor(out, "out").follow("tokens"), program))
     program.finish()
     program.run(native.Sizes(tokens, requests, 1))
     assert np.isnan(out[tokens:]).all()
@@ -155,7 +155,7 @@ def test_bits_do_not_depend_on_neighbours():
     for r, (begin, end) in enumerate(itertools.pairwise(starts)):
         alone = dict(batch, query=batch["query"][begin:end], query_starts=np.array([0, end - begin], np.int32))
         alone |= {name: batch[name][r : r + 1] for name in ("page_table", "sequence_lens")}
-        assert np.array_equal(op.paged_attention(*alone.values()), together[begin:end])
+        assert np.array_equal(op.paged_attention(**alone), together[begin:end])
 
 
 def test_bits_do_not_depend_on_how_a_prompt_is_chunked():
@@ -165,7 +165,7 @@ def test_bits_do_not_depend_on_how_a_prompt_is_chunked():
     for begin, end in [(0, 100), (100, 137), (137, 300)]:
         part = dict(batch, query=batch["query"][begin:end], sequence_lens=np.array([end], np.int32))
         part["query_starts"] = np.array([0, end - begin], np.int32)
-        assert np.array_equal(op.paged_attention(*part.values()), whole[begin:end])
+        assert np.array_equal(op.paged_attention(**part), whole[begin:end])
 
 
 def test_pages_may_be_strided():
@@ -186,8 +186,8 @@ def test_a_nan_that_is_seen_stays_visible():
 
 def test_a_scale_is_taken():
     batch = paged_batch(RAGGED, "float32")
-    exact = op.reference(*batch.values(), scale=0.7)
-    out = op.paged_attention(*batch.values(), scale=0.7)
+    exact = op.reference(**batch, scale=0.7)
+    out = op.paged_attention(**batch, scale=0.7)
     assert_within_budget(out, exact, straightforward(batch, exact, scale=0.7), "float32")
 
 
@@ -238,10 +238,10 @@ def test_contents_out_of_range_are_named(name, index, value, text):
 )
 def test_bad_arguments_are_named(arrays, options, text):
     with pytest.raises(ArgumentError) as caught:
-        op.paged_attention(*(paged_batch(RAGGED, "float16") | arrays).values(), **options)
+        op.paged_attention(**(paged_batch(RAGGED, "float16") | arrays), **options)
     assert text in str(caught.value)
 
 
 def test_what_is_not_done_is_said():
     with pytest.raises(UnsupportedError, match="only causal"):
-        op.paged_attention(*paged_batch(RAGGED, "float16").values(), causal=False)
+        op.paged_attention(**paged_batch(RAGGED, "float16"), causal=False)
