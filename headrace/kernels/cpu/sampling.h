@@ -1,5 +1,5 @@
-// The three passes of sampling over a row of logits: its peak, its weights e^((x - peak) / temperature), and the removal
-// of what the filters exclude. Blocks of kSampleBlock keep partial sums, so that a draw looks into one block only.
+// The passes of sampling over a row of logits: its peak, its weights, and the removal of what the filters exclude.
+// A weight is e^((x - peak) / temperature). Blocks of kSampleBlock keep partial sums, so that a draw looks into one block.
 // Wins: always. Schedule: 16 lanes across the row; the peak's place is looked up afterwards, inside one block.
 #pragma once
 #include "elements.h"

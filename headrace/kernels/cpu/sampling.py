@@ -1,5 +1,6 @@
-"""Sampling on the CPU: peak, weights e^((x - peak) / temperature), borders of the filters, draw (native: sampling.h,
-border_search.h, op_sampling.cpp).
+"""Sampling on the CPU: the row's peak, its weights, the borders of the filters, the draw.
+
+Native: sampling.h, border_search.h, op_sampling.cpp.
 
 Wins always: it is the only one. Schedule: one row per thread. Greedy reads the row once. A draw writes the weights once
 and sums them by blocks; top-k and top-p find their borders by counting bits of the logits, without a sort.

@@ -1,0 +1,59 @@
+"""The public names: sorted, all there, none more, and loaded only when asked for."""
+
+import subprocess
+import sys
+import types
+
+import pytest
+
+import headrace
+
+
+def test_the_names_are_sorted_and_whole():
+    capitals = [name for name in headrace.__all__ if name.isupper()]
+    classes = [name for name in headrace.__all__ if not name.isupper() and not name.startswith("_")]
+    assert headrace.__all__ == [*sorted(capitals), *sorted(classes), "__version__"]
+    assert set(headrace.__all__) == {
+        "LLM",
+        "Completion",
+        "EngineConfig",
+        "HeadraceError",
+        "ModelConfig",
+        "Piece",
+        "SamplingParams",
+        "Timings",
+        "__version__",
+    }
+
+
+@pytest.mark.parametrize("name", headrace.__all__)
+def test_every_name_is_there_and_is_what_it_says(name):
+    found = getattr(headrace, name)
+    if isinstance(found, type):
+        assert found.__name__ == name and found.__doc__
+    else:
+        assert name == "__version__" and found.count(".") == 2
+
+
+def test_nothing_else_is_public():
+    assert dir(headrace) == sorted(headrace.__all__)
+    public = {name for name, value in vars(headrace).items() if not name.startswith("_")}
+    submodules = {name for name in public if isinstance(getattr(headrace, name), types.ModuleType)}
+    assert public - submodules - set(headrace.__all__) <= {"annotations", "TYPE_CHECKING", "Any"}
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'headrace' has no attribute 'Model'"):
+        _ = headrace.Model
+
+
+def test_import_star_gives_the_names():
+    program = "from headrace import *; print(*sorted(n for n in dir() if not n.startswith('_')))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == sorted(name for name in headrace.__all__ if not name.startswith("_"))
+
+
+def test_the_version_is_that_of_the_package():
+    from importlib.metadata import version
+
+    assert headrace.__version__ == version("headrace")
