@@ -18,7 +18,7 @@ import numpy as np
 from headrace.config import EngineConfig, SamplingParams
 from headrace.engine.engine import Engine
 from headrace.engine.request import Request
-from headrace.errors import ArgumentError
+from headrace.errors import ArgumentError, ModelFileError
 from headrace.kernels import cpu
 from headrace.kernels.cpu import _native as native
 from headrace.kv_cache.storage import bytes_per_token
@@ -132,6 +132,7 @@ class LLM:
             self.config = load_config(file)
             _check_context(options, self.config.context_len)
             self.tokenizer = Tokenizer.from_metadata(file.metadata)
+            _check_vocabulary(self.tokenizer.vocab_size, self.config.vocab_size)
             self._metadata = file.metadata
             self.pool = native.Pool(threads) if threads else cpu.default_pool()
             weights = load_weights(file, self.config, self.pool, progress)
@@ -224,6 +225,14 @@ def _timings(load_s: float, request: Request) -> Timings:
 def _mean_depth(request: Request) -> float:
     """Keys that a decoded token read, on average."""
     return len(request.prompt_ids) + len(request.token_ids) / 2
+
+
+def _check_vocabulary(num_tokens: int, num_rows: int) -> None:
+    # NOTE: an id without a token would end an answer with an error, a token without a row a prompt.
+    if num_tokens != num_rows:
+        raise ModelFileError(
+            f"tokenizer.ggml.tokens: expected {num_rows}, one per row of the embedding, got {num_tokens}"
+        )
 
 
 def _check_context(options: EngineConfig, model_context_len: int) -> None:

@@ -5,7 +5,6 @@ A family is an entry of FAMILIES. What differs in structure (latent attention, e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,8 @@ FAMILIES = {
 }
 
 LARGEST = 1 << 24  # no width, length or count of a model comes near it
+SMALLEST_REAL, LARGEST_REAL = 1e-30, 1e30  # between them no formula of positions overflows
+LEAST_THETA = 1.001  # every pair must turn slower than the one before
 
 
 class Numbers:
@@ -47,18 +48,31 @@ class Numbers:
         return self.metadata.get(f"{self.prefix}.{key}")
 
     def whole(self, key: str, default: int | None = None) -> int:
-        value = self.raw(key)
-        value = default if value is None else value
+        value = self._value(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
             raise ModelFileError(f"{self.prefix}.{key}: expected a whole number in 1..{LARGEST}, got {_short(value)}")
         return value
 
-    def real(self, key: str, default: float | None = None) -> float:
+    def whole_or_none(self, key: str) -> int | None:
+        """The number; None where the file has none, or 0."""
+        value = self.raw(key)
+        absent = value is None or (type(value) is int and value == 0)
+        return None if absent else self.whole(key)
+
+    def real(self, key: str, default: float | None = None, least: float = SMALLEST_REAL) -> float:
+        value = self._value(key, default)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not least <= value <= LARGEST_REAL:
+            limits = f"{least:g}..{LARGEST_REAL:g}"
+            raise ModelFileError(f"{self.prefix}.{key}: expected a number in {limits}, got {_short(value)}")
+        return float(value)
+
+    def _value(self, key: str, default: float | None) -> Any:
         value = self.raw(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ModelFileError(f"{self.prefix}.{key}: expected a positive number, got {_short(value)}")
-        return float(value)
+        if value is None:
+            raise ModelFileError(f"{self.prefix}.{key} is missing", "the file does not describe a whole model")
+        return value
 
     def word(self, key: str, default: str) -> str:
         value = self.raw(key)
@@ -79,13 +93,14 @@ def config_from(metadata: Mapping[str, Any], vocab_size: int, tied_head: bool) -
     """
     family = _family(metadata)
     numbers = Numbers(metadata, family.architecture)
+    if numbers.whole_or_none("expert_count"):
+        raise UnsupportedError(f"{family.architecture}.expert_count: models with experts are not supported")
     dim, num_heads = numbers.whole("embedding_length"), numbers.whole("attention.head_count")
     num_kv_heads = numbers.whole("attention.head_count_kv", num_heads)
     if num_heads % num_kv_heads:
         raise ModelFileError(f"attention.head_count: {num_heads} is no multiple of head_count_kv {num_kv_heads}")
     head_dim = numbers.whole("attention.key_length", max(1, dim // num_heads))
     context_len = numbers.whole("context_length")
-    window = numbers.raw("attention.sliding_window")
     return ModelConfig(
         architecture=family.architecture,
         name=str(metadata.get("general.name", family.architecture)),
@@ -100,7 +115,7 @@ def config_from(metadata: Mapping[str, Any], vocab_size: int, tied_head: bool) -
         context_len=context_len,
         norm_eps=numbers.real("attention.layer_norm_rms_epsilon"),
         rope=rope_from(numbers, family, head_dim, context_len),
-        sliding_window=numbers.whole("attention.sliding_window") if window else None,
+        sliding_window=numbers.whole_or_none("attention.sliding_window"),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
         tied_head=tied_head,
@@ -126,7 +141,7 @@ def rope_from(numbers: Numbers, family: Family, head_dim: int, context_len: int)
     if scaling not in ("none", "linear", "yarn"):
         raise UnsupportedError(f"rope scaling {_short(scaling)} is not supported", "supported: none, linear, yarn")
     return RopeConfig(
-        theta=numbers.real("rope.freq_base", 10000.0),
+        theta=numbers.real("rope.freq_base", 10000.0, LEAST_THETA),
         rotary_dim=rotary_dim,
         interleaved=family.interleaved_rope,
         scaling=scaling,

@@ -7,15 +7,15 @@ model and one tensor.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from headrace.config import ModelConfig
-from headrace.errors import ModelFileError
+from headrace.errors import ModelFileError, UnsupportedError
 from headrace.kernels.cpu import _native as native
-from headrace.models.families import config_from
+from headrace.models.families import SMALLEST_REAL, config_from
 from headrace.models.layers import AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights
 from headrace.ops.formats import dequantize
 from headrace.ops.linear import PackedWeight, pack
@@ -32,6 +32,7 @@ class Loader:
     pool: native.Pool
     progress: Progress | None = None
     done_bytes: int = 0
+    taken: set[str] = field(default_factory=set)
 
     def raw(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """The tensor's bytes; its shape must be the one the configuration asks for."""
@@ -40,6 +41,7 @@ class Loader:
             raise ModelFileError(f"{self.file.path}: tensor {name!r} is missing")
         if info.shape != shape:
             raise ModelFileError(f"tensor {name!r}: expected {list(shape)}, the file has {list(info.shape)}")
+        self.taken.add(name)
         return self.file.data(name)
 
     def matrix(self, name: str, rows: int, cols: int) -> PackedWeight:
@@ -80,14 +82,35 @@ def load_weights(
     head = embedding if config.tied_head else loader.matrix("output.weight", config.vocab_size, config.dim)
     layers = tuple(_layer(loader, f"blk.{i}", config) for i in range(config.num_layers))
     norm = loader.vector("output_norm.weight", config.dim)
-    factors = loader.optional_vector("rope_freqs.weight", config.rope.rotary_dim // 2)
+    factors = _rope_factors(loader, config)
+    _check_nothing_left(loader, config)
     return ModelWeights(embedding, layers, norm, head, factors)
 
 
 def _check_layer_count(file: GGUFFile, config: ModelConfig) -> None:
     # NOTE: a lying block_count must fail before a loop of that length, not inside it.
-    if f"blk.{config.num_layers - 1}.attn_norm.weight" not in file.tensors:
-        raise ModelFileError(f"{file.path}: the file says {config.num_layers} layers but does not hold them")
+    last, beyond = (f"blk.{i}.attn_norm.weight" for i in (config.num_layers - 1, config.num_layers))
+    if last not in file.tensors:
+        raise ModelFileError(f"{file.path}: says {config.num_layers} layers, but tensor {last!r} is missing")
+    if beyond in file.tensors:
+        raise ModelFileError(f"{file.path}: says {config.num_layers} layers, but holds tensor {beyond!r}")
+
+
+def _check_nothing_left(loader: Loader, config: ModelConfig) -> None:
+    # NOTE: a model computed without one of its tensors (a bias, a router) answers, and answers nonsense.
+    for name in loader.file.tensors:
+        if name not in loader.taken:
+            raise UnsupportedError(
+                f"{loader.file.path}: tensor {name!r} has no place in the {config.architecture} models supported here"
+            )
+
+
+def _rope_factors(loader: Loader, config: ModelConfig) -> np.ndarray | None:
+    name = "rope_freqs.weight"
+    factors = loader.optional_vector(name, config.rope.rotary_dim // 2)
+    if factors is not None and not (np.isfinite(factors).all() and (factors > SMALLEST_REAL).all()):
+        raise ModelFileError(f"tensor {name!r}: expected positive numbers, got {factors.min()}..{factors.max()}")
+    return factors
 
 
 def _layer(loader: Loader, prefix: str, config: ModelConfig) -> LayerWeights:
