@@ -115,14 +115,14 @@ static void write_row(const AttentionCall& c, int64_t token_row, int64_t head, c
   });
 }
 
-// The rows of one KV head: to out, or to the partial results with what a merge needs to know.
+// The rows of one KV head: to out, or, where there is `partial`, there with what a merge needs to know.
 static void finish_rows(const AttentionCall& c, const AttentionWork& w, int64_t kv_head, const float* acc, const float* top,
-                        const float* sums) {
+                        const float* sums, float* partial) {
   int64_t rows = (w.token_end - w.token_begin) * c.group, width = padded_lanes(c.value_dim);
   for (int64_t r = 0; r < rows; ++r) {
     float total = sum(load(sums + r * kLanes));
-    if (w.partial) {
-      float* to = w.partial + (kv_head * rows + r) * partial_stride(c);
+    if (partial) {
+      float* to = partial + (kv_head * rows + r) * partial_stride(c);
       memcpy(to, acc + r * width, static_cast<size_t>(width) * 4);
       to[width] = top[r];
       to[width + 1] = total;

@@ -1,8 +1,9 @@
 // paged attention, few query rows per KV head (decode): each byte of the cache is read once, from memory, in order.
 // Wins: up to 16 rows per KV head, where the prefill kernel would convert and transpose keys for too little arithmetic.
-// Schedule: a work item is a chunk of keys of one request and some KV heads; 64 keys at a time, head after head, while the
-// next 64 x head is prefetched; scores as 16 dot products in 16 accumulators, reduced together by a transpose; the sum
-// over values in up to 4 x 4 accumulators. Chunks are merged in a second phase. Bound: read bandwidth.
+// Schedule: a work item is some chunks of keys of one request, for some KV heads; 64 keys at a time, head after head, while
+// those due 128 KB later are prefetched; scores as 16 dot products in 16 accumulators, reduced together by a transpose;
+// the sum over values in up to 4 x 4 accumulators. Chunks are merged in a second phase. Bound: read bandwidth, as long as
+// few enough query heads share a key: each adds two multiply-adds per key element and value element.
 #pragma once
 #include "attention.h"
 
@@ -19,32 +20,25 @@ template <int rows> constexpr int kColumnsTogether = rows == 1 ? 4 : rows == 2 ?
 #endif
 constexpr int kRowsTogether = 4;
 
-// What to bring closer while something else is computed: some keys of the next block, all KV heads of the work item.
-struct Ahead {
-  const char* keys;
-  const char* values;
+// What will be needed a little later: one KV head of a block of keys. It is prefetched line by line, each at the moment
+// its counterpart of now is read: processors drop prefetches that come in bursts.
+template <class E> struct Due {
+  const typename E::type* keys;
+  const typename E::type* values;
   const Places* places;
-  int64_t key_bytes, value_bytes, item_bytes, begin, end;
+
+  const typename E::type* key(int64_t i) const { return keys + places->key[lesser(i, places->count - 1)]; }
+  const typename E::type* value(int64_t i) const { return values + places->value[lesser(i, places->count - 1)]; }
 };
+constexpr int64_t kDueBytes = 128 << 10;  // enough to cover memory's latency, little enough to stay in L2
 
-// NOTE: gcc takes a function that only prefetches for one without effect and drops the call, unless it is inlined first.
-__attribute__((always_inline)) static inline void prefetch_bytes(const char* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
-}
-
-// Part `step` of `steps`.
-__attribute__((always_inline)) static inline void prefetch_part(const Ahead& a, int64_t step, int64_t steps) {
-  int64_t n = a.end - a.begin;
-  for (int64_t i = a.begin + n * step / steps; i < a.begin + n * (step + 1) / steps; ++i) {
-    prefetch_bytes(a.keys + a.places->key[i] * a.item_bytes, a.key_bytes);
-    prefetch_bytes(a.values + a.places->value[i] * a.item_bytes, a.value_bytes);
-  }
-}
+// NOTE: a macro, because gcc takes a function that only prefetches for one without effect, and drops the call.
+#define HEADRACE_PREFETCH(p) __builtin_prefetch(p, 0, 2)
 
 // sums[r * stride + i]: lane sums of query row r times key i, not yet added up.
 template <class E, int rows, int keys>
-static inline void dot_products(const float* query, int64_t query_stride, const typename E::type* const* key, int64_t n,
-                                Floats* sums, int stride) {
+static inline void dot_products(const float* query, int64_t query_stride, const typename E::type* const* key,
+                                const typename E::type* const* due, int64_t n, Floats* sums, int stride) {
   Floats acc[rows][keys], x[rows];
   for (int r = 0; r < rows; ++r)
     for (int i = 0; i < keys; ++i) acc[r][i] = zero();
@@ -52,6 +46,7 @@ static inline void dot_products(const float* query, int64_t query_stride, const 
   for (; j + kLanes <= n; j += kLanes) {
     for (int r = 0; r < rows; ++r) x[r] = load(query + r * query_stride + j);
     for (int i = 0; i < keys; ++i) {
+      HEADRACE_PREFETCH(due[i] + j);
       Floats y = E::load(key[i] + j);
       for (int r = 0; r < rows; ++r) acc[r][i] = fma(x[r], y, acc[r][i]);
     }
@@ -69,16 +64,18 @@ static inline void dot_products(const float* query, int64_t query_stride, const 
 
 template <class E, int rows>
 static void score_rows(const AttentionCall& c, const float* query, const typename E::type* base, const Places& places,
-                       const Ahead& ahead, float* scores) {
+                       const Due<E>& due, float* scores) {
   constexpr int tile = rows == 3 ? 4 : kLanes / rows, together = kKeysTogether<rows>;
   for (int64_t first = 0; first < places.count; first += tile) {
-    prefetch_part(ahead, first / tile, kKeyBlock / tile);
-    const typename E::type* key[tile];
-    for (int i = 0; i < tile; ++i) key[i] = base + places.key[lesser(first + i, places.count - 1)];
+    const typename E::type *key[tile], *later[tile];
+    for (int i = 0; i < tile; ++i) {
+      key[i] = base + places.key[lesser(first + i, places.count - 1)];
+      later[i] = due.key(first + i);
+    }
     Floats dots[kLanes];
     for (int i = rows * tile; i < kLanes; ++i) dots[i] = zero();
     for (int i = 0; i < tile; i += together)
-      dot_products<E, rows, together>(query, padded_lanes(c.head_dim), key + i, c.head_dim, dots + i, tile);
+      dot_products<E, rows, together>(query, padded_lanes(c.head_dim), key + i, later + i, c.head_dim, dots + i, tile);
     float plain[kLanes];
     store(plain, sums_of(dots));
     for (int r = 0; r < rows; ++r) memcpy(scores + r * kKeyBlock + first, plain + r * tile, tile * 4);
@@ -88,13 +85,14 @@ static void score_rows(const AttentionCall& c, const float* query, const typenam
 // acc [rows, columns of 16 lanes] = acc * keep + weights values, the block summed by itself: sums of sums round less.
 // `width`: lanes of the last column that exist.
 template <class E, int rows, int columns>
-static inline void add_columns(const float* weights, const typename E::type* base, const Places& places, int64_t width,
-                               float* acc, int64_t acc_stride, const float* keep) {
+static inline void add_columns(const float* weights, const typename E::type* base, const Places& places, const Due<E>& due,
+                               int64_t column, int64_t width, float* acc, int64_t acc_stride, const float* keep) {
   Floats total[rows][columns], x[columns];
   for (int r = 0; r < rows; ++r)
     for (int i = 0; i < columns; ++i) total[r][i] = zero();
   for (int64_t k = 0; k < places.count; ++k) {
-    const typename E::type* value = base + places.value[k];
+    const typename E::type *value = base + places.value[k] + column, *later = due.value(k) + column;
+    for (int i = 0; i < columns; ++i) HEADRACE_PREFETCH(later + i * kLanes);
     for (int i = 0; i < columns; ++i) x[i] = width >= kLanes ? E::load(value + i * kLanes) : load_first<E>(value, width);
     for (int r = 0; r < rows; ++r) {
       Floats weight = broadcast(weights[r * kKeyBlock + k]);
@@ -110,13 +108,13 @@ static inline void add_columns(const float* weights, const typename E::type* bas
 
 template <class E, int rows>
 static void add_values(const AttentionCall& c, const float* weights, const typename E::type* base, const Places& places,
-                       float* acc, const float* keep) {
+                       const Due<E>& due, float* acc, const float* keep) {
   constexpr int together = kColumnsTogether<rows>;
   int64_t stride = padded_lanes(c.value_dim), j = 0;
   for (; j + together * kLanes <= c.value_dim; j += together * kLanes)
-    add_columns<E, rows, together>(weights, base + j, places, kLanes, acc + j, stride, keep);
+    add_columns<E, rows, together>(weights, base, places, due, j, kLanes, acc + j, stride, keep);
   for (; j < c.value_dim; j += kLanes)
-    add_columns<E, rows, 1>(weights, base + j, places, c.value_dim - j, acc + j, stride, keep);
+    add_columns<E, rows, 1>(weights, base, places, due, j, c.value_dim - j, acc + j, stride, keep);
 }
 
 // Rows of one KV head and what has been accumulated for them.
@@ -126,12 +124,6 @@ struct FewRows {
   float* sums;   // [rows, 16]
   float* top;    // [rows]
 };
-
-template <class E, int rows>
-static void score_group(const AttentionCall& c, const FewRows& f, int64_t row, const typename E::type* keys,
-                        const Places& places, const Ahead& ahead, float* scores) {
-  score_rows<E, rows>(c, f.query + row * padded_lanes(c.head_dim), keys, places, row ? Ahead{} : ahead, scores + row * kKeyBlock);
-}
 
 // Calls f with a constant: how many of the `left` rows to take together.
 template <int n> struct Count {
@@ -147,12 +139,16 @@ template <class F> static inline int64_t take_rows(int64_t left, F f) {
 // One block of keys against the rows of one KV head.
 template <class E>
 static void attend_block(const AttentionCall& c, const AttentionWork& w, int64_t kv_head, int64_t begin, const Places& places,
-                         const Ahead& ahead, const FewRows& f, float* scores, float* keep) {
+                         const Due<E>& later, const FewRows& f, float* scores, float* keep) {
   int64_t rows = (w.token_end - w.token_begin) * c.group;
   const auto* keys = reinterpret_cast<const typename E::type*>(c.key_pages) + kv_head * c.head_dim;
   const auto* values = reinterpret_cast<const typename E::type*>(c.value_pages) + kv_head * c.value_dim;
+  const Due<E> own{keys, values, &places};  // for rows after the first four
   for (int64_t r = 0; r < rows;)
-    r += take_rows(rows - r, [&](auto n) { score_group<E, decltype(n)::value>(c, f, r, keys, places, ahead, scores); });
+    r += take_rows(rows - r, [&](auto n) {
+      const float* query = f.query + r * padded_lanes(c.head_dim);
+      score_rows<E, decltype(n)::value>(c, query, keys, places, r ? own : later, scores + r * kKeyBlock);
+    });
   if (c.softcap > 0) cap_scores(scores, rows * kKeyBlock, c.softcap);
   if (places.count < kKeyBlock || w.query_len > 1)
     for (int64_t r = 0; r < rows; ++r) {
@@ -162,7 +158,8 @@ static void attend_block(const AttentionCall& c, const AttentionWork& w, int64_t
   soften(scores, rows, f.top, f.sums, keep);
   for (int64_t r = 0; r < rows;)
     r += take_rows(rows - r, [&](auto n) {
-      add_values<E, decltype(n)::value>(c, scores + r * kKeyBlock, values, places, f.acc + r * padded_lanes(c.value_dim), keep + r);
+      float* acc = f.acc + r * padded_lanes(c.value_dim);
+      add_values<E, decltype(n)::value>(c, scores + r * kKeyBlock, values, places, r ? own : later, acc, keep + r);
     });
 }
 
@@ -184,49 +181,87 @@ struct FewScratch {
   }
 };
 
-// The share of the next block that is prefetched while KV head number `head` of the item is computed.
-template <class E>
-static Ahead ahead_of(const AttentionCall& c, const AttentionWork& w, int64_t head, const Places& next) {
-  constexpr int64_t item = sizeof(typename E::type);
-  int64_t heads = w.head_end - w.head_begin;
-  return {c.key_pages + w.head_begin * c.head_dim * item, c.value_pages + w.head_begin * c.value_dim * item, &next,
-          heads * c.head_dim * item, heads * c.value_dim * item, item, next.count * head / heads,
-          next.count * (head + 1) / heads};
+template <class E> static int64_t due_heads(const AttentionCall& c, int64_t heads) {
+  int64_t bytes = kKeyBlock * (c.head_dim + c.value_dim) * static_cast<int64_t>(sizeof(typename E::type));
+  return lesser(greater(kDueBytes / bytes, 1), heads);
 }
 
-template <class E> static void attend_chunk(const AttentionCall& c, const AttentionWork& w) {
-  int64_t heads = w.head_end - w.head_begin, rows = (w.token_end - w.token_begin) * c.group;
-  FewScratch s(c, w.scratch, heads, rows);
-  Places places[2];
-  for (int64_t h = 0; h < heads; ++h) load_queries(c, w, w.head_begin + h, s.of_head(c, h, rows).query);
-  for (int64_t h = 0; h < heads; ++h) {
-    FewRows f = s.of_head(c, h, rows);
-    clear_rows(rows, padded_lanes(c.value_dim), f.acc, f.top, f.sums);
+// The KV head that is due kDueBytes after number `head` of the item: of this block, or of the next one.
+template <class E>
+static Due<E> due_after(const AttentionCall& c, const AttentionWork& w, int64_t head, const Places* now, const Places* next) {
+  using T = typename E::type;
+  int64_t heads = w.head_end - w.head_begin, due = head + due_heads<E>(c, heads);
+  int64_t kv_head = w.head_begin + (due < heads ? due : due - heads);
+  return {reinterpret_cast<const T*>(c.key_pages) + kv_head * c.head_dim,
+          reinterpret_cast<const T*>(c.value_pages) + kv_head * c.value_dim, due < heads || !next->count ? now : next};
+}
+
+// Nothing prefetched what an item begins with. Read in order, as here, it comes several times faster than as it is used.
+template <class E> static void touch(const typename E::type* base, const int64_t* places, int64_t count, int64_t n) {
+  constexpr int64_t line = 64 / sizeof(typename E::type);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t j = 0; j < n; j += line) static_cast<void>(*static_cast<const volatile typename E::type*>(base + places[i] + j));
+}
+template <class E> static void touch_first(const AttentionCall& c, const AttentionWork& w, const Places& places) {
+  using T = typename E::type;
+  int64_t heads = due_heads<E>(c, w.head_end - w.head_begin);
+  touch<E>(reinterpret_cast<const T*>(c.key_pages) + w.head_begin * c.head_dim, places.key, places.count, heads * c.head_dim);
+  touch<E>(reinterpret_cast<const T*>(c.value_pages) + w.head_begin * c.value_dim, places.value, places.count, heads * c.value_dim);
+}
+
+// The rows of every KV head of an item, across the chunks it goes through.
+struct FewItem {
+  const AttentionCall& c;
+  const AttentionWork& w;
+  FewScratch scratch;
+  int64_t heads, rows;
+
+  FewItem(const AttentionCall& call, const AttentionWork& work)
+      : c(call), w(work), scratch(call, work.scratch, work.head_end - work.head_begin,
+                                  (work.token_end - work.token_begin) * call.group),
+        heads(work.head_end - work.head_begin), rows((work.token_end - work.token_begin) * call.group) {
+    for (int64_t h = 0; h < heads; ++h) load_queries(c, w, w.head_begin + h, of_head(h).query);
   }
+  FewRows of_head(int64_t h) const { return scratch.of_head(c, h, rows); }
+  void begin_chunk() const {
+    for (int64_t h = 0; h < heads; ++h) clear_rows(rows, padded_lanes(c.value_dim), of_head(h).acc, of_head(h).top, of_head(h).sums);
+  }
+  void finish_chunk(int64_t number) const {
+    float* partial = w.partial ? w.partial + number * w.partial_step : nullptr;
+    for (int64_t h = 0; h < heads; ++h)
+      finish_rows(c, w, w.head_begin + h, of_head(h).acc, of_head(h).top, of_head(h).sums, partial);
+  }
+};
+
+template <class E> static void attend_chunks(const AttentionCall& c, const AttentionWork& w) {
+  FewItem item(c, w);
+  item.begin_chunk();
+  if (w.key_begin >= w.key_end) return item.finish_chunk(0);
+  Places places[2], *now = &places[0], *next = &places[1];
   auto block_end = [&](int64_t begin) { return lesser((begin / kKeyBlock + 1) * kKeyBlock, w.key_end); };
-  Places *now = &places[0], *next = &places[1];
-  if (w.key_begin < w.key_end) find_places(c, w.pages, w.key_begin, block_end(w.key_begin), *now);
-  for (int64_t begin = w.key_begin; begin < w.key_end;) {
-    int64_t end = block_end(begin);
+  find_places(c, w.pages, w.key_begin, block_end(w.key_begin), *now);
+  touch_first<E>(c, w, *now);
+  int64_t chunk = 0;
+  for (int64_t begin = w.key_begin, end; begin < w.key_end; begin = end) {
+    end = block_end(begin);
     next->count = 0;
     if (end < w.key_end) find_places(c, w.pages, end, block_end(end), *next);
-    for (int64_t h = 0; h < heads; ++h) {
-      Ahead ahead = ahead_of<E>(c, w, h, *next);
-      attend_block<E>(c, w, w.head_begin + h, begin, *now, ahead, s.of_head(c, h, rows), s.scores, s.keep);
+    for (int64_t h = 0; h < item.heads; ++h) {
+      Due<E> due = due_after<E>(c, w, h, now, next);
+      attend_block<E>(c, w, w.head_begin + h, begin, *now, due, item.of_head(h), item.scratch.scores, item.scratch.keep);
+    }
+    if (end == w.key_end || end % w.chunk_len == 0) {
+      item.finish_chunk(chunk++);
+      item.begin_chunk();
     }
     Places* done = now;
     now = next;
     next = done;
-    begin = end;
-  }
-  for (int64_t h = 0; h < heads; ++h) {
-    FewRows f = s.of_head(c, h, rows);
-    finish_rows(c, w, w.head_begin + h, f.acc, f.top, f.sums);
   }
 }
 
 static void attend_few(const AttentionCall& c, const AttentionWork& w) {
-  with_element(c.kv_type, [&](auto element) { attend_chunk<decltype(element)>(c, w); });
+  with_element(c.kv_type, [&](auto element) { attend_chunks<decltype(element)>(c, w); });
 }
 
 }  // namespace HEADRACE_ISA

@@ -143,7 +143,7 @@ template <class E> static void attend_rows_of_head(const AttentionCall& c, const
     load_block<E>(c, w, start, begin, end, t);
     for (int64_t r = 0; r < rows; r += kRowStep) attend_rows(c, w, r, lesser(kRowStep, rows - r), start, begin, end, t);
   }
-  finish_rows(c, w, w.head_begin, t.acc, t.top, t.sums);
+  finish_rows(c, w, w.head_begin, t.acc, t.top, t.sums, nullptr);
 }
 
 static void attend_tile(const AttentionCall& c, const AttentionWork& w) {

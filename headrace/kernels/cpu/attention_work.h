@@ -30,7 +30,9 @@ struct AttentionWork {
   int64_t first_row;     // of query and out: where the request begins
   int64_t query_len, key_len;
   int64_t token_begin, token_end, head_begin, head_end, key_begin, key_end;
-  float* partial;  // unfinished rows [kv_heads, rows, partial_stride]; null: finished rows go to out
+  int64_t chunk_len;  // few rows: keys after which what was accumulated is written down, and a new chunk begun
+  float* partial;     // few rows: the first chunk's unfinished rows [kv_heads, rows, partial_stride]; null: rows go to out
+  int64_t partial_step;  // floats from one chunk's to the next one's
   float* scratch;
 };
 

@@ -1,5 +1,6 @@
 // paged attention as an op. Phase 0: every request's work, cut into items; phase 1: requests whose keys were cut are merged.
-// How a request is cut follows from its own lengths alone, so its result does not depend on threads or neighbours.
+// How a request is cut follows from its own lengths alone, so its result does not depend on threads or neighbours; only how
+// many pieces and heads make an item follows from the threads.
 #include <algorithm>
 #include <atomic>
 
@@ -12,7 +13,7 @@ constexpr int64_t kFewRows = 16;         // query rows per KV head that the deco
 constexpr int64_t kLeastChunk = 128;     // keys
 constexpr int64_t kLeastTile = 48;       // query rows
 constexpr int64_t kLargestTile = 192;
-constexpr int64_t kItemsPerThread = 8;
+constexpr int64_t kItemsPerThread = 4;     // wanted: an item begins cold, and the last one is waited for
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -40,14 +41,8 @@ class PagedAttention : public Op {
   int64_t chunks(int phase, const Sizes& sizes, int num_threads) const override {
     int64_t requests = t_.sequence_lens->rows(sizes), tokens = t_.query->rows(sizes);
     if (phase == 1) return any_cut(requests, tokens) ? requests * kv_heads() : 0;
-    int64_t pieces = 0, items = 0;
-    for (int64_t r = 0; r < requests; ++r) {
-      Cut cut = cut_request(r, tokens);
-      pieces += cut.few ? cut.pieces : cut.pieces * kv_heads();
-    }
-    // Every thread computes and stores the same number.
-    int64_t wanted = divide_up(kItemsPerThread * num_threads, std::max<int64_t>(pieces, 1));
-    heads_per_item_.store(divide_up(kv_heads(), std::min(wanted, kv_heads())), std::memory_order_relaxed);
+    set_item_size(requests, tokens, kItemsPerThread * num_threads);
+    int64_t items = 0;
     for (int64_t r = 0; r < requests; ++r) items += items_of(cut_request(r, tokens));
     return std::max<int64_t>(items, requests + tokens > 0);
   }
@@ -73,7 +68,7 @@ class PagedAttention : public Op {
   // NOTE: lengths are not checked yet here; nonsense becomes one item, whose run() says so.
   Cut cut_request(int64_t r, int64_t tokens) const {
     int64_t begin = start_of(r), end = start_of(r + 1);
-    Cut cut{begin, end - begin, length_of(r), 1, 0, 0, true, true};
+    Cut cut{begin, end - begin, length_of(r), 1, 0, 1, true, true};
     cut.valid = begin >= 0 && end >= begin && end <= tokens && cut.key_len >= 0 && cut.key_len <= t_.page_table->shape[1] * page_size();
     if (!cut.valid) return cut;
     int64_t rows = cut.query_len * group_;
@@ -93,10 +88,28 @@ class PagedAttention : public Op {
     return cut;
   }
   int64_t first_key_of(int64_t last) const { return window_left_ < 0 || last < window_left_ ? 0 : last - window_left_; }
-  int64_t head_parts(const Cut& cut) const {
-    return cut.few ? divide_up(kv_heads(), heads_per_item_.load(std::memory_order_relaxed)) : kv_heads();
+
+  // Of requests with few rows: heads are parted when there are too few pieces, pieces are joined when there are too many.
+  // NOTE: every thread computes and stores the same two numbers.
+  void set_item_size(int64_t requests, int64_t tokens, int64_t wanted) const {
+    int64_t pieces = 0, keys = 0;
+    for (int64_t r = 0; r < requests; ++r) {
+      Cut cut = cut_request(r, tokens);
+      pieces += cut.few ? cut.pieces : cut.pieces * kv_heads();
+      keys += cut.few ? cut.pieces * cut.piece_len : 0;
+    }
+    int64_t parts = std::min(divide_up(wanted, std::max<int64_t>(pieces, 1)), kv_heads());
+    heads_per_item_.store(divide_up(kv_heads(), parts), std::memory_order_relaxed);
+    keys_per_item_.store(keys / wanted, std::memory_order_relaxed);
   }
-  int64_t items_of(const Cut& cut) const { return cut.valid ? cut.pieces * head_parts(cut) : 1; }
+  int64_t heads_per_item() const { return heads_per_item_.load(std::memory_order_relaxed); }
+  int64_t pieces_per_item(const Cut& cut) const {
+    return cut.few ? std::max<int64_t>(1, keys_per_item_.load(std::memory_order_relaxed) / cut.piece_len) : 1;
+  }
+  int64_t head_parts(const Cut& cut) const { return cut.few ? divide_up(kv_heads(), heads_per_item()) : kv_heads(); }
+  int64_t items_of(const Cut& cut) const {
+    return cut.valid ? divide_up(cut.pieces, pieces_per_item(cut)) * head_parts(cut) : 1;
+  }
   bool any_cut(int64_t requests, int64_t tokens) const {
     for (int64_t r = 0; r < requests; ++r) {
       Cut cut = cut_request(r, tokens);
@@ -161,8 +174,8 @@ class PagedAttention : public Op {
   void attend(int64_t r, const Cut& cut, int64_t item, Worker& worker) {
     check_request(r, cut);
     AttentionCall c = call();
-    int64_t parts = head_parts(cut), piece = item / parts, part = item % parts;
-    int64_t heads = cut.few ? heads_per_item_.load(std::memory_order_relaxed) : 1;
+    int64_t parts = head_parts(cut), together = pieces_per_item(cut), piece = item / parts * together, part = item % parts;
+    int64_t heads = cut.few ? heads_per_item() : 1;
     AttentionWork w{};
     w.pages = t_.page_table->row_as<int32_t>(r);
     w.first_row = cut.first_row;
@@ -177,8 +190,10 @@ class PagedAttention : public Op {
     if (cut.few) {
       int64_t chunk = cut.first_piece + piece;
       w.key_begin = std::max(w.key_begin, chunk * cut.piece_len);
-      w.key_end = std::min(w.key_end, (chunk + 1) * cut.piece_len);
-      if (cut.pieces > 1) w.partial = partial_->row_as<float>(r) + piece * piece_floats(c, cut);
+      w.key_end = std::min(w.key_end, (chunk + together) * cut.piece_len);
+      w.chunk_len = cut.piece_len;
+      w.partial_step = piece_floats(c, cut);
+      if (cut.pieces > 1) w.partial = partial_->row_as<float>(r) + piece * w.partial_step;
     }
     check_pages(r, w);
     int64_t rows = (w.token_end - w.token_begin) * group_;
@@ -206,7 +221,7 @@ class PagedAttention : public Op {
   TensorRef partial_;
   int64_t window_left_, group_ = 1;
   float scale_, softcap_;
-  mutable std::atomic<int64_t> heads_per_item_{1};
+  mutable std::atomic<int64_t> heads_per_item_{1}, keys_per_item_{0};
 };
 
 void check_arrays(const Expect& expect, const PagedAttentionTensors& t) {
