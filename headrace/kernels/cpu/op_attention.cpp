@@ -13,7 +13,8 @@ constexpr int64_t kFewRows = 16;         // query rows per KV head that the deco
 constexpr int64_t kLeastChunk = 128;     // keys
 constexpr int64_t kLeastTile = 48;       // query rows
 constexpr int64_t kLargestTile = 192;
-constexpr int64_t kItemsPerThread = 4;     // wanted: an item begins cold, and the last one is waited for
+constexpr int64_t kPartsPerThread = 4;   // below that, KV heads are parted
+constexpr int64_t kItemsPerThread = 2;   // above that, pieces are joined: an item begins cold
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -41,7 +42,7 @@ class PagedAttention : public Op {
   int64_t chunks(int phase, const Sizes& sizes, int num_threads) const override {
     int64_t requests = t_.sequence_lens->rows(sizes), tokens = t_.query->rows(sizes);
     if (phase == 1) return any_cut(requests, tokens) ? requests * kv_heads() : 0;
-    set_item_size(requests, tokens, kItemsPerThread * num_threads);
+    set_item_size(requests, tokens, num_threads);
     int64_t items = 0;
     for (int64_t r = 0; r < requests; ++r) items += items_of(cut_request(r, tokens));
     return std::max<int64_t>(items, requests + tokens > 0);
@@ -91,16 +92,17 @@ class PagedAttention : public Op {
 
   // Of requests with few rows: heads are parted when there are too few pieces, pieces are joined when there are too many.
   // NOTE: every thread computes and stores the same two numbers.
-  void set_item_size(int64_t requests, int64_t tokens, int64_t wanted) const {
+  void set_item_size(int64_t requests, int64_t tokens, int64_t num_threads) const {
     int64_t pieces = 0, keys = 0;
     for (int64_t r = 0; r < requests; ++r) {
       Cut cut = cut_request(r, tokens);
       pieces += cut.few ? cut.pieces : cut.pieces * kv_heads();
       keys += cut.few ? cut.pieces * cut.piece_len : 0;
     }
-    int64_t parts = std::min(divide_up(wanted, std::max<int64_t>(pieces, 1)), kv_heads());
+    int64_t parts = std::min(divide_up(kPartsPerThread * num_threads, std::max<int64_t>(pieces, 1)), kv_heads());
     heads_per_item_.store(divide_up(kv_heads(), parts), std::memory_order_relaxed);
-    keys_per_item_.store(keys / wanted, std::memory_order_relaxed);
+    int64_t wanted = requests == 1 ? num_threads : kItemsPerThread * num_threads;
+    keys_per_item_.store(divide_up(keys, wanted), std::memory_order_relaxed);
   }
   int64_t heads_per_item() const { return heads_per_item_.load(std::memory_order_relaxed); }
   int64_t pieces_per_item(const Cut& cut) const {
