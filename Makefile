@@ -1,84 +1,108 @@
-# Two commands: `make run` answers a prompt, `make test` runs everything. Both make .venv first and are quick again.
+# Two commands: `make run` answers a prompt, `make test` runs everything. `make help` lists the others.
+#
+# Both make .venv first. Everything can be repeated and is quick the second time: what is done leaves a stamp in .venv or build/.
+
 PYTHON ?= python3
-CXX ?= c++
 PROMPT ?= Why does a mill need a headrace?
 RUN_OPTIONS ?= --max-tokens 128
-VENV := .venv
-BIN := $(VENV)/bin
-STAMPS := $(VENV)/stamps
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-NATIVE := CMakeLists.txt pyproject.toml $(wildcard headrace/kernels/cpu/*.cpp headrace/kernels/cpu/*.h)
-SANITIZED := build/sanitize
 TESTS ?= tests
+export PROMPT
 
-.PHONY: help run test quick check sanitize clean install install-test
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-help:
-	@echo "make run       install into .venv, fetch the default model, answer a prompt (PROMPT='...')"
-	@echo "make test      check, then the whole test suite"
-	@echo "make quick     the fast tests alone"
-	@echo "make check     ruff, mypy, the architecture and public-API tests"
-	@echo "make sanitize  native tests under the address and undefined-behaviour sanitizers"
-	@echo "make clean     remove .venv and build"
+BIN := .venv/bin
+PYTHON_FILES := headrace tests $(wildcard examples)
+STAMPS := .venv/stamps
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# Building outside pip's isolation keeps the objects of the last build; the tools are those pyproject.toml names.
+BUILD_TOOLS := $(shell sed -n 's/^requires = \[\(.*\)\]/\1/p' pyproject.toml | tr -d ',') cmake ninja
+NATIVE := CMakeLists.txt $(wildcard headrace/kernels/cpu/*.cpp headrace/kernels/cpu/*.h)
+INSTALL := install --no-build-isolation --editable
 
-run: install
-	@echo "== headrace run \"$(PROMPT)\""
-	@$(BIN)/headrace run "$(PROMPT)" $(RUN_OPTIONS)
+# What the sanitizers look at: everything that hands arrays or files to native code.
+SANITIZED := tests/kernels/test_runtime.py tests/ops tests/engine \
+             tests/weights/test_gguf.py tests/weights/test_gguf_writer.py tests/weights/test_quantize.py
 
-test: check
-	@echo "== all tests"
+.PHONY: help run test quick check map bench sanitize clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
+
+run: $(STAMPS)/installed ## answer PROMPT with the default model (RUN_OPTIONS: how)
+	@printf '· headrace run %s "%s"\n' "$(RUN_OPTIONS)" "$$PROMPT" >&2
+	@$(BIN)/headrace run $(RUN_OPTIONS) "$$PROMPT"
+
+test: check ## everything: the checks, then the whole test suite
+	@echo "· all tests"
 	@$(BIN)/python -m pytest $(TESTS)
 
-quick: install-test
-	@echo "== fast tests"
+quick: $(STAMPS)/test-installed ## the fast tests alone
+	@echo "· the fast tests"
 	@$(BIN)/python -m pytest -m "not slow" $(TESTS)
 
-check: install-test
-	@echo "== ruff, mypy, architecture, public API"
-	@$(BIN)/ruff check headrace tests examples
-	@$(BIN)/ruff format --check headrace tests examples
+check: $(STAMPS)/test-installed ## ruff, mypy, architecture and public API
+	@echo "· ruff: rules and format"
+	@$(BIN)/ruff check --quiet $(PYTHON_FILES)
+	@$(BIN)/ruff format --quiet --check $(PYTHON_FILES)
+	@echo "· mypy"
 	@$(BIN)/mypy
+	@echo "· architecture and public API"
 	@$(BIN)/python -m pytest tests/test_architecture.py tests/test_public_api.py
 
-install: $(STAMPS)/package
-install-test: $(STAMPS)/test
+map: $(STAMPS)/installed ## bring the map in README.md up to date
+	@$(BIN)/python -m headrace.check.layout --write
 
-$(BIN)/python:
+bench: $(STAMPS)/installed ## measure the default model beside this machine's limits
+	@$(BIN)/headrace bench model
+
+# NOTE: -S keeps the editable install out of the way: it would put the plain extension before the sanitized one.
+sanitize: build/sanitize/stamp ## the native code's tests under the address and undefined-behaviour sanitizers
+	@echo "· tests on the sanitized build"
+	@rm -rf build/sanitize/tree && mkdir -p build/sanitize/tree && cp -R headrace tests pyproject.toml build/sanitize/tree/
+	@cp build/sanitize/_native*.so build/sanitize/tree/headrace/kernels/cpu/
+	@packages="$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"; cd build/sanitize/tree; \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$packages" \
+	  "$(CURDIR)/$(BIN)/python" -S -m pytest -p no:cacheprovider -m "not slow" $(SANITIZED)
+
+clean: ## remove everything made here, .venv included
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find headrace tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMPS)/venv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "headrace needs Python 3.10 or newer; try: make PYTHON=python3.12" >&2; exit 1; }
-	@echo "== making $(VENV) with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv $(VENV)
+	  { echo "headrace needs Python 3.10 or newer; this is $$($(PYTHON) --version 2>&1 || echo 'not there'). Another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@echo 'int main() { return 0; }' | $(CXX) -std=c++17 -fsyntax-only -x c++ - 2>/dev/null || \
+	  { echo "headrace builds native code and needs a C++17 compiler; '$(CXX)' is none. Install g++ or clang++, or: make CXX=..." >&2; exit 1; }
+	@echo "· .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv || { echo "making .venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@mkdir -p $(@D) && touch $@
 
-# NOTE: the build's own needs go into .venv too: an isolated build would compile everything anew each time.
-$(STAMPS)/package: $(BIN)/python $(NATIVE)
-	@command -v $(CXX) >/dev/null || { echo "no C++ compiler ($(CXX)); on Debian: apt install g++" >&2; exit 1; }
-	@echo "== installing headrace (builds its C++, about a minute)"
-	@$(PIP) "scikit-build-core>=0.11" "nanobind>=2.4" cmake ninja
-	@$(PIP) --no-build-isolation --editable .
-	@mkdir -p $(STAMPS) && touch $@
-
-# NOTE: torch is pinned to a version whose CPU build the index serves: a plain `torch` may bring gigabytes of CUDA.
-$(STAMPS)/test: $(STAMPS)/package
-	@echo "== installing the test extra"
-	@$(PIP) --no-build-isolation --editable ".[test]"
+$(STAMPS)/build-tools: pyproject.toml Makefile | $(STAMPS)/venv
+	@echo "· build tools"
+	@$(PIP) install $(BUILD_TOOLS)
 	@touch $@
 
-# The extension once more, with sanitizers, beside the sources; the interpreter itself is not sanitized, hence LD_PRELOAD.
-sanitize: install-test
-	@echo "== building with sanitizers"
-	@mkdir -p $(SANITIZED)/tree
-	@rm -rf $(SANITIZED)/tree/headrace && cp -r headrace $(SANITIZED)/tree/headrace
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED)/build -G Ninja -DHEADRACE_SANITIZE=ON \
-	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null
-	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)/build
-	@cp $(SANITIZED)/build/_native*.so $(SANITIZED)/tree/headrace/kernels/cpu/
-	@echo "== native tests under the sanitizers"
-	@cp -r tests pyproject.toml $(SANITIZED)/tree/
-	@cd $(SANITIZED)/tree && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" PYTHONPATH=. \
-	  $(CURDIR)/$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider \
-	  tests/kernels tests/ops tests/engine tests/kv_cache
+$(STAMPS)/installed: pyproject.toml $(NATIVE) | $(STAMPS)/build-tools
+	@echo "· headrace, with its native code (about a minute the first time)"
+	@CXX="$(CXX)" $(PIP) $(INSTALL) .
+	@touch $@
 
-clean:
-	rm -rf $(VENV) build
+# NOTE: torch is pinned to a version whose CPU build the index serves: a plain `torch` may bring gigabytes of CUDA.
+$(STAMPS)/test-installed: pyproject.toml | $(STAMPS)/installed
+	@echo "· what the tests need"
+	@CXX="$(CXX)" $(PIP) $(INSTALL) ".[test]"
+	@touch $@
+
+build/sanitize/stamp: pyproject.toml $(NATIVE) | $(STAMPS)/test-installed
+	@test -f "$$($(CXX) -print-file-name=libasan.so)" || \
+	  { echo "make sanitize needs g++ with its sanitizer libraries; '$(CXX)' has none" >&2; exit 1; }
+	@echo "· native code with sanitizers, in build/sanitize"
+	@mkdir -p build/sanitize
+	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DHEADRACE_SANITIZE=ON -DCMAKE_CXX_COMPILER="$(CXX)" \
+	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > build/sanitize/configure.log
+	@$(BIN)/cmake --build build/sanitize > build/sanitize/build.log || { tail -40 build/sanitize/build.log; exit 1; }
+	@touch $@

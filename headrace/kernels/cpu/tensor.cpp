@@ -3,6 +3,8 @@
 
 #include <sys/mman.h>
 
+#include <cstdlib>
+#include <cstring>
 #include <new>
 
 namespace headrace {
@@ -63,6 +65,21 @@ void Expect::packed(const Tensor& t, const char* argument) const {
   that(inner_contiguous(t), argument, "contiguous inner dimensions", shape_text(t) + " with other strides");
 }
 
+#ifdef __SANITIZE_ADDRESS__
+
+// Every piece an allocation of its own and of its exact size, so that the sanitizer sees what reaches over its end.
+std::shared_ptr<void> allocate_bytes(int64_t bytes) {
+  void* data = nullptr;
+  size_t wanted = bytes > 0 ? static_cast<size_t>(bytes) : 1;
+  if (posix_memalign(&data, 64, wanted)) throw std::bad_alloc();
+  memset(data, 0, wanted);
+  return std::shared_ptr<void>(data, free);
+}
+
+std::shared_ptr<void> Arena::take(int64_t bytes) { return allocate_bytes(bytes); }
+
+#else
+
 std::shared_ptr<void> allocate_bytes(int64_t bytes) {
   constexpr size_t kHuge = size_t{2} << 20;
   size_t wanted = bytes > 0 ? static_cast<size_t>(bytes) : 1;
@@ -91,5 +108,7 @@ std::shared_ptr<void> Arena::take(int64_t bytes) {
   used_ += (bytes + 63) & ~int64_t{63};
   return std::shared_ptr<void>(block_, piece);
 }
+
+#endif
 
 }  // namespace headrace
