@@ -195,7 +195,9 @@ def test_a_map_line_is_a_file_and_its_purpose(tmp_path):
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    assert layout.map_lines(tmp_path, sorted(texts)) == [
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/x.bin").write_bytes(bytes(range(256)))
+    assert layout.map_lines(tmp_path, [*sorted(texts), "data/x.bin"]) == [
         ".gitignore  What is ignored.",
         "LICENSE     What it grants",
         "a.py        What a does.",
@@ -203,6 +205,8 @@ def test_a_map_line_is_a_file_and_its_purpose(tmp_path):
         "c.md        What c tells",
         "d.toml      What d sets.",
         "run         What run runs.",
+        "data/",
+        "  x.bin  read by the tests",
     ]
 
 
