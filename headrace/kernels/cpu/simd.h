@@ -115,8 +115,19 @@ static inline Floats select_less(Floats x, Floats limit, Floats a, Floats b) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(x.v, limit.v, _CMP_LT_OQ), b.v, a.v)};
 }
 static inline Floats times_power_of_two(Floats a, Floats n) { return {_mm512_maskz_scalef_ps(kAllLanes, a.v, n.v)}; }
-static inline float sum(Floats a) { return _mm512_reduce_add_ps(a.v); }
-static inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
+static inline __m256 upper_half(Floats a) { return _mm512_maskz_extractf32x8_ps(0xff, a.v, 1); }
+static inline float sum(Floats a) {
+  __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), upper_half(a));
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+static inline float largest(Floats a) {
+  __m256 eight = _mm256_max_ps(_mm512_castps512_ps256(a.v), upper_half(a));
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
 static inline void store_int8(int8_t* p, Floats a) {  // rounded, saturated
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_maskz_cvtsepi32_epi8(kAllLanes, _mm512_maskz_cvtps_epi32(kAllLanes, a.v)));
 }
