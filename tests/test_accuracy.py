@@ -1,0 +1,92 @@
+"""The default model beside its own weights in float32: how far int8 activations take it, and llama.cpp with it.
+
+Both engines round activations to int8, 32 to a scale, so both are wrong by chance, and at a few positions where the
+model is on the edge either of them can be wrong by a hundred times the mean: there even llama.cpp differs from llama.cpp
+run another way. So positions are compared in pairs, and what is not chance (three standard errors) fails.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import accuracy
+import numpy as np
+import pytest
+
+from headrace import LLM
+from headrace.weights.quantize import quantize_file
+
+pytestmark = pytest.mark.slow
+SIGMAS = 3  # one honest run in 740 looks worse than this by chance
+
+
+@pytest.fixture(scope="module")
+def exact_model(default_model_path):
+    return accuracy.load_exact(default_model_path)
+
+
+@pytest.fixture(scope="module")
+def exact(default_model_path, exact_model):
+    """Token ids and exact logits of every text."""
+    llm = LLM(default_model_path)
+    ids = {name: llm.tokenizer.encode(text) for name, text in accuracy.load_texts().items()}
+    return {name: (each, accuracy.exact_logits(exact_model, each)) for name, each in ids.items()}
+
+
+@pytest.fixture(scope="module")
+def ours(default_model_path, exact):
+    """Divergence of headrace at every position of every text."""
+    llm = LLM(default_model_path)
+    return {name: accuracy.divergence(logits, llm.logits(ids)) for name, (ids, logits) in exact.items()}
+
+
+@pytest.fixture(scope="module")
+def theirs(default_model_path, exact):
+    """The same of llama.cpp: measured where it is installed, else as recorded."""
+    if importlib.util.find_spec("llama_cpp"):
+        measured = accuracy.llama_cpp_logits(default_model_path, [ids for ids, _ in exact.values()])
+        return {n: accuracy.divergence(exact[n][1], logits) for n, logits in zip(exact, measured, strict=True)}
+    recorded = json.loads((accuracy.DATA / "accuracy_llama_cpp.json").read_text(encoding="utf-8"))
+    return {name: np.array(recorded["per_position"][name]) for name in exact}
+
+
+def test_the_divergence_is_that_of_the_formula():
+    """Two tokens, p = (3/4, 1/4), q = (1/2, 1/2), whatever is added to the logits."""
+    p, q = np.log([[0.75, 0.25]]) + 5, np.log([[0.5, 0.5]]) - 100
+    expected = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
+    np.testing.assert_allclose(accuracy.divergence(p, q), [expected], rtol=1e-12)
+    assert np.abs(accuracy.divergence(p, p)).max() < 1e-15
+
+
+def test_no_further_from_exact_than_llama_cpp(ours, theirs, capsys):
+    with capsys.disabled():
+        print("\nKL(fp32 || engine) in nats per position, mean / worst")
+        for name in ours:
+            a, b = accuracy.figures(ours[name]), accuracy.figures(theirs[name])
+            print(f"  {name:22} headrace {a['mean']:.5f} / {a['worst']:.4f}", end="   ")
+            print(f"llama.cpp {b['mean']:.5f} / {b['worst']:.4f}   ({len(ours[name])} positions)")
+    a, b = (np.concatenate([each[name] for name in ours]) for each in (ours, theirs))
+    difference = np.log(a) - np.log(b)
+    error = difference.std(ddof=1) / np.sqrt(len(difference))
+    with capsys.disabled():
+        print(f"  headrace / llama.cpp, geometric mean: {np.exp(difference.mean()):.3f} ± {error:.3f}")
+    assert difference.mean() <= SIGMAS * error
+
+
+def test_no_more_bad_positions_than_llama_cpp(ours, theirs, capsys):
+    a, b = (np.concatenate([each[name] for name in ours]) for each in (ours, theirs))
+    bad = np.quantile(b, 0.99)
+    num_ours, num_theirs = int((a > bad).sum()), int((b > bad).sum())
+    with capsys.disabled():
+        print(f"\npositions worse than llama.cpp's 99th percentile, {bad:.3f}: {num_ours} and {num_theirs}")
+    assert num_ours - num_theirs <= SIGMAS * np.sqrt(num_ours + num_theirs)
+
+
+def test_float_weights_give_the_logits_of_transformers(tmp_path, default_model_path, exact):
+    """No int8 here: every position of every text, through pages, chunks and thirty layers."""
+    path = tmp_path / "f32.gguf"
+    quantize_file(default_model_path, path, "f32")
+    llm = LLM(path, kv_dtype="float32")
+    for name, (ids, expected) in exact.items():
+        assert np.abs(llm.logits(ids) - expected).max() <= 1e-3, name
