@@ -102,7 +102,7 @@ build/sanitize/stamp: pyproject.toml $(NATIVE) | $(STAMPS)/test-installed
 	  { echo "make sanitize needs g++ with its sanitizer libraries; '$(CXX)' has none" >&2; exit 1; }
 	@echo "· native code with sanitizers, in build/sanitize"
 	@mkdir -p build/sanitize
-	@$(BIN)/cmake -S . -B build/sanitize -G Ninja -DHEADRACE_SANITIZE=ON -DCMAKE_CXX_COMPILER="$(CXX)" \
+	@CXX="$(CXX)" $(BIN)/cmake -S . -B build/sanitize -G Ninja -DHEADRACE_SANITIZE=ON \
 	  -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" -DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > build/sanitize/configure.log
 	@$(BIN)/cmake --build build/sanitize > build/sanitize/build.log || { tail -40 build/sanitize/build.log; exit 1; }
 	@touch $@
