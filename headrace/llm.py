@@ -139,10 +139,16 @@ class LLM:
         self.threads = self.pool.num_threads
         self.bytes_per_token = weights.bytes_per_token
         self.kv_bytes_per_token = bytes_per_token(self.config, kv_dtype)
-        self.engine = Engine(weights, self.config, options, self.pool)
+        self._engine: Engine | None = Engine(weights, self.config, options, self.pool)
         self.context_len = self.engine.context_len
         self.load_s = perf_counter() - started
         self._template: ChatTemplate | None = None
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise ArgumentError("model: expected an open one, this LLM is closed", "make a new LLM")
+        return self._engine
 
     def generate(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, add_special: bool = True
@@ -170,15 +176,15 @@ class LLM:
         """The conversation as token ids, through the model's chat template."""
         if self._template is None:
             self._template = ChatTemplate.from_metadata(self._metadata)
-        return self.tokenizer.encode(self._template.render(list(messages)), add_special=False)
+        return self.tokenizer.encode(self._template.render(messages), add_special=False)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits at every position: float32 [tokens, vocab]."""
         return self.engine.logits(ids)
 
     def close(self) -> None:
-        """Lets go of the model's memory."""
-        del self.engine
+        """Lets go of the model's memory. What needs the model then raises ArgumentError; closing again does nothing."""
+        self._engine = None
 
     def _stream(self, ids: Sequence[int], params: SamplingParams | None, *, continues: bool) -> Stream:
         params = params or SamplingParams()

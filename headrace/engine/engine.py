@@ -35,6 +35,7 @@ class Engine:
         self.runner = Runner(weights, config, engine, pool, num_pages)
         self.pages: list[int] = []
         self.cached_ids: list[int] = []  # the tokens whose keys and values lie in the pages
+        self._owner: Request | None = None  # the request whose tokens they are
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, end_ids: frozenset[int] = frozenset()) -> Request:
         """A checked request. Raises ArgumentError for an empty prompt or ids outside the vocabulary, and
@@ -48,7 +49,10 @@ class Engine:
         return Request(ids, params, end_ids)
 
     def run(self, request: Request) -> Generator[int, None, None]:
-        """The request's tokens as they are drawn. Closing the iterator stops it; what was computed stays cached."""
+        """The request's tokens as they are drawn. Closing the iterator stops it; what was computed stays cached.
+
+        Another request may run in between: this one then computes again what the other took from the cache.
+        """
         sampler = Sampler(request)
         started = perf_counter()
         logits = self._prefill(request)
@@ -57,28 +61,35 @@ class Engine:
                 token = sampler.sample(logits)
                 request.commit(token, self.context_len)
                 request.add_seconds(perf_counter() - started)
+                if request.finish_reason:
+                    request.logits_hash = logits_hash(logits[-1])
                 yield token
                 if request.finish_reason:
                     return
                 started = perf_counter()
-                logits = self._step([token], 1)
+                logits = self._step([token], 1) if self._owner is request else self._prefill(request)
         finally:
-            request.logits_hash = logits_hash(logits[-1])
+            # NOTE: the logits are the last step's, whoever ran it.
+            if not request.logits_hash and self._owner is request:
+                request.logits_hash = logits_hash(logits[-1])
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits [tokens, vocab] at every position."""
         checked = self.add(ids, SamplingParams()).prompt_ids
+        self._owner = None
         self._forget(0)
         width = min(MAX_OUTPUTS, self.chunk_len)
         chunks = [checked[i : i + width] for i in range(0, len(checked), width)]
         return np.concatenate([self._step(chunk, len(chunk)).copy() for chunk in chunks])
 
     def _prefill(self, request: Request) -> np.ndarray:
-        """Computes what is not cached of the prompt, always its last token; returns the last token's logits."""
-        ids = request.prompt_ids
-        request.reused_len = min(_common_len(self.cached_ids, ids), len(ids) - 1)
-        self._forget(request.reused_len)
-        last = request.reused_len
+        """Computes what is not cached of the text so far, always its last token; returns the last token's logits."""
+        ids = request.ids
+        last = min(_common_len(self.cached_ids, ids), len(ids) - 1)
+        if not request.token_ids:
+            request.reused_len = last
+        self._owner = request
+        self._forget(last)
         while len(ids) - last > self.chunk_len:
             self._step(ids[last : last + self.chunk_len], 0)
             last += self.chunk_len
@@ -105,7 +116,10 @@ class Engine:
 
 
 def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError as error:  # lists of different lengths
+        raise ArgumentError(f"prompt: expected a list of token ids: {error}") from error
     if array.ndim != 1 or not array.size:
         raise ArgumentError("prompt: expected at least one token, got none", "an empty prompt has no next token")
     if not np.issubdtype(array.dtype, np.integer):

@@ -92,6 +92,26 @@ def test_two_models_in_one_process_do_not_meet(tiny):
     assert [b.token_id for _, b in both] == tiny("qwen3").generate(PROMPT, GREEDY).token_ids
 
 
+def test_two_answers_of_one_model_do_not_meet(tiny):
+    llm, alone = tiny("llama"), tiny("llama")
+    prompts = [PROMPT, [5, *PROMPT[1:]], PROMPT[:20]]
+    streams = [llm.stream(prompt, GREEDY) for prompt in prompts]
+    together = list(zip(*streams, strict=True))
+    for stream, prompt, pieces in zip(streams, prompts, zip(*together, strict=True), strict=True):
+        expected = alone.generate(prompt, GREEDY)
+        assert [piece.token_id for piece in pieces] == expected.token_ids
+        assert stream.completion.prompt_token_ids == prompt and stream.completion.logits_hash
+
+
+def test_logits_between_two_tokens_do_no_harm(tiny):
+    llm = tiny("llama")
+    tokens = []
+    for piece in llm.stream(PROMPT, GREEDY):
+        tokens.append(piece.token_id)
+        llm.logits([7, 8, 9])
+    assert tokens == tiny("llama").generate(PROMPT, GREEDY).token_ids
+
+
 def test_context_ends_the_answer(tiny):
     answer = tiny("llama", context_len=48).generate(PROMPT, SamplingParams(max_tokens=100, ignore_eos=True))
     assert answer.finish_reason == "length" and len(answer.prompt_token_ids) + len(answer.token_ids) == 48
@@ -139,6 +159,10 @@ def test_sixteen_bit_caches_stay_close(tiny, kv_dtype):
         ([300], ArgumentError, "token ids in 0..299, got 300"),
         ([-1], ArgumentError, "got -1"),
         ([0.5], ArgumentError, "whole numbers"),
+        ([[1], [2, 3]], ArgumentError, "list of token ids"),
+        ([2**70], ArgumentError, "whole numbers"),
+        ([True], ArgumentError, "whole numbers"),
+        (None, ArgumentError, "prompt"),
         ([1] * 256, PromptTooLongError, "fewer than 256 tokens, got 256"),
     ],
 )
