@@ -52,6 +52,8 @@ class Loader:
     def vector(self, name: str, length: int) -> np.ndarray:
         values = dequantize(self.raw(name, (length,)), self.file.tensors[name].format)
         self._let_go(name)
+        if not np.isfinite(values).all():
+            raise ModelFileError(f"tensor {name!r}: expected finite numbers, got {values[~np.isfinite(values)][0]}")
         return np.array(values, np.float32).reshape(-1)
 
     def optional_vector(self, name: str, length: int) -> np.ndarray | None:
@@ -108,7 +110,7 @@ def _check_nothing_left(loader: Loader, config: ModelConfig) -> None:
 def _rope_factors(loader: Loader, config: ModelConfig) -> np.ndarray | None:
     name = "rope_freqs.weight"
     factors = loader.optional_vector(name, config.rope.rotary_dim // 2)
-    if factors is not None and not (np.isfinite(factors).all() and (factors > SMALLEST_REAL).all()):
+    if factors is not None and not (factors > SMALLEST_REAL).all():
         raise ModelFileError(f"tensor {name!r}: expected positive numbers, got {factors.min()}..{factors.max()}")
     return factors
 

@@ -177,6 +177,14 @@ def test_bad_rope_factors_are_refused(tmp_path: Path, factor: float) -> None:
         open_changed(tmp_path, {}, tensors={"rope_freqs.weight": ("F32", (8,), factors.view(np.uint8))})
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_vector_of_no_numbers_is_named(tmp_path: Path, value: float) -> None:
+    norm = np.array([1.0] * 63 + [value], np.float32).view(np.uint8)
+    for name in ("blk.1.ffn_norm.weight", "output_norm.weight"):
+        with pytest.raises(ModelFileError, match=f"{name}.*finite numbers, got {value}"):
+            open_changed(tmp_path, {}, tensors={name: ("F32", (64,), norm)})
+
+
 def test_every_format_runs_or_is_named(tmp_path: Path) -> None:
     for form in FORMATS:
         model = TinyModel(dim=256, head_dim=64, ffn_dim=256, matrix_format=form)

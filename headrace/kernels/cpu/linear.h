@@ -22,9 +22,15 @@ static void quantize_row(const float* x, int64_t n, int8_t* values, BlockRecord*
     Floats inverse = broadcast(top > 0 ? 127.0f / top : 0.0f);
     low = round_even(mul(low, inverse));
     high = round_even(mul(high, inverse));
+    float low_total = sum(low), high_total = sum(high);
+    if (low_total + high_total != low_total + high_total) {
+      // NOTE: int8 has no NaN: without this a NaN or an infinity would become a plausible number.
+      records[b] = {NAN, NAN, 0, 0};
+      continue;
+    }
     store_int8(values, low);
     store_int8(values + kLanes, high);
-    auto low_sum = static_cast<int32_t>(sum(low)), high_sum = static_cast<int32_t>(sum(high));
+    auto low_sum = static_cast<int32_t>(low_total), high_sum = static_cast<int32_t>(high_total);
     records[b] = {scale, scale * static_cast<float>(low_sum + high_sum), low_sum, high_sum};
   }
 }
