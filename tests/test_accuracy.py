@@ -1,7 +1,8 @@
 """The default model beside its own weights in float32: how far int8 activations take it, and llama.cpp with it.
 
 Both engines round activations to int8, 32 to a scale, so both are wrong by chance. At a few positions the model is on
-an edge, and either can be wrong by a hundred times the mean: there llama.cpp differs from itself run another way. So positions are compared in pairs, and what is not chance (three standard errors) fails.
+an edge, and either can be wrong by a hundred times the mean: there llama.cpp differs from itself run another way. So
+positions are compared in pairs, and what is not chance (three standard errors) fails.
 """
 
 from __future__ import annotations

@@ -1,0 +1,30 @@
+"""Every example runs as it stands and prints what it promises."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+SAYS = {
+    "chat.py": "Rome",
+    "complete.py": "The capital of France is Paris",
+    "logits.py": "' lazy'",
+    "weights.py": "Q4_0  0.56 bytes/weight",
+}
+MAX_LINES = 30
+
+
+def test_every_example_is_run():
+    assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(SAYS)
+
+
+@pytest.mark.parametrize("name", SAYS)
+def test_an_example_runs(default_model_path, name):
+    path = FOLDER / name
+    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert SAYS[name] in ended.stdout
+    assert "Traceback" not in ended.stderr
+    assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
