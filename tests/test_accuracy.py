@@ -1,9 +1,4 @@
-"""The default model beside its own weights in float32: how far int8 activations take it, and llama.cpp with it.
-
-Both engines round activations to int8, 32 to a scale, so both are wrong by chance. At a few positions the model is on
-an edge, and either can be wrong by a hundred times the mean: there llama.cpp differs from itself run another way. So
-positions are compared in pairs, and what is not chance (three standard errors) fails.
-"""
+"""The default model beside its own weights in float32, and llama.cpp beside them: headrace must not be further away."""
 
 from __future__ import annotations
 
@@ -18,7 +13,6 @@ from headrace import LLM
 from headrace.weights.quantize import quantize_file
 
 pytestmark = pytest.mark.slow
-SIGMAS = 3  # one honest run in 740 looks worse than this by chance
 
 
 @pytest.fixture(scope="module")
@@ -66,21 +60,9 @@ def test_no_further_from_exact_than_llama_cpp(ours, theirs, capsys):
             a, b = accuracy.figures(ours[name]), accuracy.figures(theirs[name])
             print(f"  {name:22} headrace {a['mean']:.5f} / {a['worst']:.4f}", end="   ")
             print(f"llama.cpp {b['mean']:.5f} / {b['worst']:.4f}   ({len(ours[name])} positions)")
-    a, b = (np.concatenate([each[name] for name in ours]) for each in (ours, theirs))
-    difference = np.log(a) - np.log(b)
-    error = difference.std(ddof=1) / np.sqrt(len(difference))
-    with capsys.disabled():
-        print(f"  headrace / llama.cpp, geometric mean: {np.exp(difference.mean()):.3f} ± {error:.3f}")
-    assert difference.mean() <= SIGMAS * error
-
-
-def test_no_more_bad_positions_than_llama_cpp(ours, theirs, capsys):
-    a, b = (np.concatenate([each[name] for name in ours]) for each in (ours, theirs))
-    bad = np.quantile(b, 0.99)
-    num_ours, num_theirs = int((a > bad).sum()), int((b > bad).sum())
-    with capsys.disabled():
-        print(f"\npositions worse than llama.cpp's 99th percentile, {bad:.3f}: {num_ours} and {num_theirs}")
-    assert num_ours - num_theirs <= SIGMAS * np.sqrt(num_ours + num_theirs)
+    for name in ours:
+        a, b = accuracy.figures(ours[name]), accuracy.figures(theirs[name])
+        assert a["mean"] <= b["mean"] and a["worst"] <= b["worst"], name
 
 
 def test_float_weights_give_the_logits_of_transformers(tmp_path, default_model_path, exact):

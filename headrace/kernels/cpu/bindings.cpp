@@ -178,12 +178,12 @@ void bind_ops(nb::module_& m) {
   m.def("rms_norm", [](Runner& r, const std::string& isa, TensorRef out, TensorRef x, TensorRef weight, float eps) {
     submit_rms_norm(r, isa_from_name(isa), out, x, weight, eps);
   }, unlocked);
-  m.def("linear", [](Runner& r, const std::string& isa, TensorRef x, std::vector<LinearPart> parts, bool exact) {
-    submit_linear(r, isa_from_name(isa), x, std::move(parts), exact);
+  m.def("linear", [](Runner& r, const std::string& isa, TensorRef x, std::vector<LinearPart> parts, int precision) {
+    submit_linear(r, isa_from_name(isa), x, std::move(parts), static_cast<Precision>(precision));
   }, unlocked);
   m.def("linear_gated", [](Runner& r, const std::string& isa, TensorRef x, WeightRef gate, WeightRef up, TensorRef out,
-                           bool exact) {
-    submit_linear_gated(r, isa_from_name(isa), x, gate, up, out, exact);
+                           int precision) {
+    submit_linear_gated(r, isa_from_name(isa), x, gate, up, out, static_cast<Precision>(precision));
   }, unlocked);
   m.def("embedding", &submit_embedding, unlocked);
   m.def("select_rows", &submit_select_rows, unlocked);

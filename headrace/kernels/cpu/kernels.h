@@ -54,6 +54,8 @@ struct StripArgs {
 struct Kernels {
   void (*rms_norm)(const void* x, DType x_type, const float* weight, void* y, DType y_type, int64_t n, float eps);
   void (*quantize_row)(const float* x, int64_t n, int8_t* values, BlockRecord* records);
+  // The same, and behind it (at values + n, records + n / 32) what int8 lost, as another such row: 16 bits together.
+  void (*quantize_twice)(const float* x, int64_t n, int8_t* values, BlockRecord* records);
   // format -> product of a tile with a panel of that format, as packed
   void (*tile)(WeightFormat format, const TileArgs& args);
   // one panel, any format, to [K, 16] floats

@@ -35,6 +35,17 @@ static void quantize_row(const float* x, int64_t n, int8_t* values, BlockRecord*
   }
 }
 
+static void quantize_twice(const float* x, int64_t n, int8_t* values, BlockRecord* records) {
+  quantize_row(x, n, values, records);
+  for (int64_t b = 0; b < n / kBlock; ++b) {
+    alignas(64) float lost[kBlock];
+    Floats scale = broadcast(-records[b].scale);
+    for (int i = 0; i < kBlock; i += kLanes)
+      store(lost + i, fma(load_int8(values + b * kBlock + i), scale, load(x + b * kBlock + i)));
+    quantize_row(lost, kBlock, values + n + b * kBlock, records + n / kBlock + b);
+  }
+}
+
 // ---- codes
 
 template <int bits> static inline void expand(const uint8_t* p, Bytes code[kWords]) {

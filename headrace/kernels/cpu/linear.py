@@ -33,7 +33,7 @@ def run(
     biases: Sequence[Any],
     residual: Any,
     outs: Sequence[Any] | None,
-    exact: bool,
+    precision: int,
 ) -> list[Any]:
     outs = outs or [empty_like(x, (x.shape[0], weight.shape[0]), "float32") for weight in weights]
     parts = [
@@ -45,11 +45,11 @@ def run(
         )
         for weight, bias, out in zip(weights, biases, outs, strict=True)
     ]
-    native.linear(runner_of(x), level, as_tensor(x, "x"), parts, exact)
+    native.linear(runner_of(x), level, as_tensor(x, "x"), parts, precision)
     return list(outs)
 
 
-def run_gated(level: str, x: Any, gate: PackedWeight, up: PackedWeight, out: Any, exact: bool) -> Any:
+def run_gated(level: str, x: Any, gate: PackedWeight, up: PackedWeight, out: Any, precision: int) -> Any:
     out = empty_like(x, (x.shape[0], gate.shape[0]), "float32") if out is None else out
-    native.linear_gated(runner_of(x), level, as_tensor(x, "x"), gate, up, as_tensor(out, "out"), exact)
+    native.linear_gated(runner_of(x), level, as_tensor(x, "x"), gate, up, as_tensor(out, "out"), precision)
     return out

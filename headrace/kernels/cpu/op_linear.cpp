@@ -33,16 +33,17 @@ struct Item {
 
 class Linear : public Op {
  public:
-  Linear(Runner& runner, const Kernels& kernels, TensorRef x, std::vector<Item> items, bool exact, const char* name)
-      : Op(name), kernels_(kernels), x_(in(x)), items_(std::move(items)), exact_(exact) {
+  Linear(Runner& runner, const Kernels& kernels, TensorRef x, std::vector<Item> items, Precision precision, const char* name)
+      : Op(name), kernels_(kernels), x_(in(x)), items_(std::move(items)), exact_(precision == Precision::exact),
+        passes_(precision == Precision::fine ? 2 : 1) {
     for (auto& item : items_) declare(item);
     int64_t rows = x->shape[0], cols = x->shape[1];
     if (quantize_) {
-      values_ = out(runner.buffer(DType::i8, x->rows_kind, {rows, cols}));
-      records_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, cols / kBlock * 4}));
+      values_ = out(runner.buffer(DType::i8, x->rows_kind, {rows, passes_ * cols}));
+      records_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, passes_ * (cols / kBlock) * 4}));
     }
     if (x->dtype != DType::f32) wide_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, cols}));
-    if (!kernels.strip_block || exact) return;
+    if (!kernels.strip_block || exact_) return;
     padded_cols_ = (cols + kTileColumns - 1) / kTileColumns * kTileColumns;
     x_high_ = out(runner.buffer(DType::bf16, x->rows_kind, {rows, padded_cols_}));
     if (needs_low_) x_low_ = out(runner.buffer(DType::bf16, x->rows_kind, {rows, padded_cols_}));
@@ -103,7 +104,8 @@ class Linear : public Op {
       }
       if (x_high_ && tokens >= kFewestStripTokens)
         kernels_.split_row(row, cols, x_high_->row_as<uint16_t>(i), x_low_ ? x_low_->row_as<uint16_t>(i) : nullptr);
-      if (quantize_) kernels_.quantize_row(row, cols, values_->row_as<int8_t>(i), records_->row_as<BlockRecord>(i));
+      auto quantize = passes_ == 2 ? kernels_.quantize_twice : kernels_.quantize_row;
+      if (quantize_) quantize(row, cols, values_->row_as<int8_t>(i), records_->row_as<BlockRecord>(i));
     }
   }
 
@@ -115,9 +117,9 @@ class Linear : public Op {
     a.x_stride = x.row_stride();
     if (quantize_) {
       a.values = values_->row_as<int8_t>(token);
-      a.values_stride = values_->row_stride();
+      a.values_stride = values_->row_stride() / passes_;
       a.records = records_->row_as<BlockRecord>(token);
-      a.records_stride = records_->row_stride() / 4;
+      a.records_stride = records_->row_stride() / 4 / passes_;
     }
     a.tokens = count;
     a.result = result;
@@ -143,18 +145,29 @@ class Linear : public Op {
     Source gate = source(*item.part.weight, p, tokens, scratch);
     Source up = item.up ? source(*item.up, p, tokens, scratch + panel_floats) : Source{};
     alignas(64) float result[kMaxTile * kPanelRows], second[kMaxTile * kPanelRows];
-    for (int64_t t = 0; t < tokens; t += kMaxTile) {
-      int count = static_cast<int>(std::min<int64_t>(kMaxTile, tokens - t));
+    for (int64_t t = 0; t < tokens; t += kMaxTile / passes_) {
+      int count = static_cast<int>(std::min<int64_t>(kMaxTile / passes_, tokens - t));
       TileArgs a = tile_args(t, count, result);
-      a.panel = gate.panel;
-      kernels_.tile(gate.format, a);
+      multiply(a, gate);
       if (item.up) {
-        a.panel = up.panel;
         a.result = second;
-        kernels_.tile(up.format, a);
+        multiply(a, up);
         kernels_.silu_gate(result, second, result, count * kPanelRows);
       }
       finish(item.part, p, t, count, result);
+    }
+  }
+
+  // Both parts of a row quantized twice are rows of the tile, added here; float panels know one row per token.
+  void multiply(TileArgs a, const Source& source) const {
+    a.panel = source.panel;
+    int parts = format_info(source.format).bits ? passes_ : 1;
+    a.tokens *= parts;
+    kernels_.tile(source.format, a);
+    if (parts == 1) return;
+    for (int i = 0; i < a.tokens / 2 * kPanelRows; ++i) {
+      int row = i / kPanelRows, lane = i % kPanelRows;
+      a.result[i] = a.result[2 * row * kPanelRows + lane] + a.result[(2 * row + 1) * kPanelRows + lane];
     }
   }
 
@@ -245,7 +258,9 @@ class Linear : public Op {
   const Kernels& kernels_;
   TensorRef x_, values_, records_, wide_, x_high_, x_low_;
   std::vector<Item> items_;
-  bool exact_, quantize_ = false, needs_low_ = false;
+  bool exact_;
+  int passes_;
+  bool quantize_ = false, needs_low_ = false;
   int64_t strips_ = 0, padded_cols_ = 0;
 };
 
@@ -274,7 +289,7 @@ void check_x(const Expect& expect, const Tensor& x) {
 
 }  // namespace
 
-void submit_linear(Runner& runner, Isa isa, TensorRef x, std::vector<LinearPart> parts, bool exact) {
+void submit_linear(Runner& runner, Isa isa, TensorRef x, std::vector<LinearPart> parts, Precision precision) {
   Expect expect{"linear"};
   check_x(expect, *x);
   std::vector<Item> items;
@@ -282,16 +297,17 @@ void submit_linear(Runner& runner, Isa isa, TensorRef x, std::vector<LinearPart>
     check_part(expect, *x, part);
     items.push_back({part, nullptr});
   }
-  runner.submit(std::make_unique<Linear>(runner, kernels_for(isa), x, std::move(items), exact, "linear"));
+  runner.submit(std::make_unique<Linear>(runner, kernels_for(isa), x, std::move(items), precision, "linear"));
 }
 
-void submit_linear_gated(Runner& runner, Isa isa, TensorRef x, WeightRef gate, WeightRef up, TensorRef y, bool exact) {
+void submit_linear_gated(Runner& runner, Isa isa, TensorRef x, WeightRef gate, WeightRef up, TensorRef y,
+                         Precision precision) {
   Expect expect{"linear_gated"};
   check_x(expect, *x);
   check_part(expect, *x, {gate, y, nullptr, nullptr});
   check_part(expect, *x, {up, y, nullptr, nullptr});
   std::vector<Item> items{{{gate, y, nullptr, nullptr}, up}};
-  runner.submit(std::make_unique<Linear>(runner, kernels_for(isa), x, std::move(items), exact, "linear_gated"));
+  runner.submit(std::make_unique<Linear>(runner, kernels_for(isa), x, std::move(items), precision, "linear_gated"));
 }
 
 namespace {

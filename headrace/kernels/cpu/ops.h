@@ -19,10 +19,12 @@ struct LinearPart {
   WeightRef weight;
   TensorRef out, bias, residual;
 };
-// Quantized weights meet int8 activations, unless `exact`: then everything is fp32.
-void submit_linear(Runner& runner, Isa isa, TensorRef x, std::vector<LinearPart> parts, bool exact);
+// What quantized weights meet: activations in int8; in two int8, 16 bits together; or in fp32, everything being fp32.
+enum class Precision : int { fast = 0, fine = 1, exact = 2 };
+void submit_linear(Runner& runner, Isa isa, TensorRef x, std::vector<LinearPart> parts, Precision precision);
 // out = silu(x gate^T) * (x up^T)
-void submit_linear_gated(Runner& runner, Isa isa, TensorRef x, WeightRef gate, WeightRef up, TensorRef out, bool exact);
+void submit_linear_gated(Runner& runner, Isa isa, TensorRef x, WeightRef gate, WeightRef up, TensorRef out,
+                         Precision precision);
 
 // ids [tokens] i32 -> out [tokens, cols] f32. An id outside the table throws.
 void submit_embedding(Runner& runner, TensorRef out, TensorRef ids, WeightRef table);
