@@ -2,7 +2,7 @@
 
 Native: linear.h, weight.h.
 
-Quantized weights meet activations in int8, one scale per 32 columns, and are summed exactly in int32 between scales;
+Quantized weights meet activations in one int8 or two (`precision`), a scale per 32 columns, int32 sums between scales;
 float weights meet float32. Wins always. Bound: at one token the weights' bytes, each read once and in order; with many
 tokens the dot instructions, of which 8 of 11 multiply.
 """
