@@ -31,10 +31,13 @@ UNMEASURED = {"read": 12e9, "cache_read": 24e9, "fp32": 60e9, "bf16": 60e9, "int
 # Two working sets this close in size have one roof.
 SAME_SIZE = 0.1
 
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni")
+
 # What each level of kernels needs, highest first; isa.cpp decides, this describes.
 _ISA_FLAGS = {
-    "amx": ("amx_tile", "amx_int8", "amx_bf16", "avx512_bf16", "avx512_vnni"),
-    "avx512": ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512vbmi", "avx512_vnni"),
+    "amx": (*_AVX512, "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16"),
+    "avx512_bf16": (*_AVX512, "avx512_bf16"),
+    "avx512": _AVX512,
     "avx2": ("avx2", "fma", "f16c"),
 }
 FLAGS = ("avx_vnni", "avx512_fp16", "amx_fp16", *sorted({flag for flags in _ISA_FLAGS.values() for flag in flags}))

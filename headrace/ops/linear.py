@@ -129,18 +129,16 @@ def _checked(x: Any, weights: Sequence[PackedWeight], precision: str) -> Request
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of this op, imported when first asked for."""
-    from headrace.kernels import cpu
     from headrace.kernels.cpu import linear
     from headrace.ops.per_isa import per_isa
 
-    return per_isa(linear.run, cpu.ISAS)
+    return per_isa(linear.run, linear.LEVELS)
 
 
 @functools.cache
 def gated_kernels() -> tuple[Kernel, ...]:
     """The kernels of the gated form."""
-    from headrace.kernels import cpu
     from headrace.kernels.cpu import linear
     from headrace.ops.per_isa import per_isa
 
-    return per_isa(linear.run_gated, cpu.ISAS)
+    return per_isa(linear.run_gated, linear.LEVELS)

@@ -9,7 +9,7 @@ from headrace.errors import ArgumentError
 from headrace.kernels.cpu import _native as native
 from headrace.machine import usable_cores
 
-ISAS = ("portable", "avx2", "avx512", "amx")
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
 _limits = ["amx"]  # a stack: the last one is in force
 
@@ -27,7 +27,7 @@ def isa() -> str:
 class limit_isa:
     """Keeps kernels at or below an instruction set, from now on; as a context manager, until the block ends.
 
-    The level: "portable", "avx2", "avx512" or "amx". What was recorded before keeps its kernels.
+    The level: "portable", "avx2", "avx512", "avx512_bf16" or "amx". What was recorded before keeps its kernels.
     """
 
     def __init__(self, level: str) -> None:

@@ -58,7 +58,7 @@ bool has_amx() {
   Leaf seven = leaf(7);
   bool state = (xcr0() & 0x60000) == 0x60000;
   bool tiles = bit(seven.edx, 24) && bit(seven.edx, 22) && bit(seven.edx, 25);  // TILE, BF16, INT8
-  return state && tiles && has_avx512_bf16() && amx_permitted();
+  return state && tiles && amx_permitted();
 }
 
 #endif
@@ -67,7 +67,8 @@ Isa detect() {
 #if defined(__x86_64__)
   if (!has_avx2()) return Isa::portable;
   if (!has_avx512()) return Isa::avx2;
-  return has_amx() ? Isa::amx : Isa::avx512;
+  if (!has_avx512_bf16()) return Isa::avx512;
+  return has_amx() ? Isa::amx : Isa::avx512_bf16;
 #else
   return Isa::portable;
 #endif
@@ -76,14 +77,14 @@ Isa detect() {
 }  // namespace
 
 const char* isa_name(Isa isa) {
-  static const char* const names[] = {"portable", "avx2", "avx512", "amx", "amx_emulated"};
+  static const char* const names[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx", "amx_emulated"};
   return names[static_cast<int>(isa)];
 }
 
 Isa isa_from_name(const std::string& name) {
   for (int i = 0; i <= static_cast<int>(Isa::amx_emulated); ++i)
     if (name == isa_name(static_cast<Isa>(i))) return static_cast<Isa>(i);
-  throw std::invalid_argument("isa: expected portable, avx2, avx512 or amx, got '" + name + "'");
+  throw std::invalid_argument("isa: expected portable, avx2, avx512, avx512_bf16 or amx, got '" + name + "'");
 }
 
 Isa best_isa() {

@@ -8,9 +8,10 @@ namespace headrace {
 // Ordered: each level includes the ones before it.
 //   avx2    AVX2, FMA, F16C
 //   avx512  AVX-512 F, BW, DQ, VL, VBMI and VNNI (Ice Lake, Sapphire Rapids, Zen 4 and later)
-//   amx     AVX-512 plus AVX512-BF16 and AMX tiles with bf16 and int8 products
+//   avx512_bf16  the same, and products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4 and later)
+//   amx     AVX512-BF16, and AMX tiles with bf16 and int8 products
 //   amx_emulated  not a level: amx's kernels on portable code, for tests
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, amx = 3, amx_emulated = 4 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4, amx_emulated = 5 };
 
 const char* isa_name(Isa isa);
 Isa isa_from_name(const std::string& name);  // throws std::invalid_argument

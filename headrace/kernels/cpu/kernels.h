@@ -85,6 +85,7 @@ struct Kernels {
 const Kernels& portable_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
 const Kernels& amx_kernels();
 const Kernels& amx_emulated_kernels();
 const Kernels& kernels_for(Isa isa);

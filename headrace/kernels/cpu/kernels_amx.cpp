@@ -1,13 +1,14 @@
-// AVX-512's kernels, and products over AMX tiles.
+// AVX512-BF16's kernels, and products over AMX tiles.
 #define HEADRACE_ISA amx
 #define HEADRACE_AVX512 1
+#define HEADRACE_AVX512_BF16 1
 #define HEADRACE_AMX 1
 #include "strip.h"
 
 namespace headrace {
 
 const Kernels& amx_kernels() {
-  static const Kernels table = amx::with_strips(avx512_kernels());
+  static const Kernels table = amx::with_strips(avx512_bf16_kernels());
   return table;
 }
 

@@ -19,6 +19,7 @@ from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import as_tensor, empty_like, runner_of
 
 PackedWeight = native.PackedWeight
+LEVELS = ("portable", "avx2", "avx512", "amx")  # that have code of their own
 
 
 def pack(raw: np.ndarray, format_name: str, rows: int, cols: int, pool: native.Pool | None = None) -> PackedWeight:

@@ -1,7 +1,6 @@
 // The machine's roofs as ops: one chunk per thread, each on memory of its own.
 #include "roof_probes.h"
 
-#include <algorithm>
 #include <chrono>
 
 #include "kernels.h"
@@ -70,16 +69,11 @@ class MultiplyProbe : public Op {
   std::atomic<int64_t>& operations_;
 };
 
-bool has_flag(const char* flag) {
-  std::vector<std::string> flags = cpu_flags();
-  return std::find(flags.begin(), flags.end(), flag) != flags.end();
-}
-
 Multiply probe_named(Isa isa, const std::string& name) {
   if (name == "fp32") return kernels_for(isa).multiply_floats;
   if (name == "int8") return kernels_for(isa).multiply_bytes;
 #if defined(__x86_64__)
-  if (name == "bf16_avx512" && isa >= Isa::avx512 && has_flag("avx512_bf16")) return multiply_bf16_avx512;
+  if (name == "bf16_avx512" && isa >= Isa::avx512_bf16) return multiply_bf16_avx512;
   if (name == "bf16_amx" && isa >= Isa::amx) return multiply_bf16_amx;
   if (name == "int8_amx" && isa >= Isa::amx) return multiply_int8_amx;
 #endif
