@@ -1,7 +1,7 @@
-"""Arrays at the native border: anything that speaks DLPack, NumPy's bfloat16, and buffers of a program.
+"""Arrays at the native border: anything that speaks DLPack, NumPy's bfloat16 and float8, and buffers of a program.
 
-NumPy's bfloat16 (ml-dtypes) speaks neither DLPack nor the buffer protocol: it travels as uint16 with its name.
-That happens here and nowhere else.
+NumPy's bfloat16 and float8 (ml-dtypes) speak neither DLPack nor the buffer protocol: they travel as integers with their
+name, and so does torch's float8; bool is uint8 to native code. That happens here and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from headrace.kernels import cpu
 from headrace.kernels.cpu import _native as native
 
 _ADDRESSABLE_BYTES = 2**47
-_VIEWS = {np.dtype(ml_dtypes.bfloat16): np.uint16}
+# What travels as another type, which has the same size.
+_VIEWS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "bool": "uint8"}
+_OF_ML_DTYPES = ("bfloat16", "float8_e4m3fn")
+
+
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's type of that name, bfloat16 and float8_e4m3fn included."""
+    return np.dtype(getattr(ml_dtypes, name) if name in _OF_ML_DTYPES else name)
 
 
 @dataclass(frozen=True)
@@ -66,12 +73,12 @@ class Fixed:
     def numpy(self) -> np.ndarray:
         """The same memory as a NumPy array."""
         array = self.tensor.numpy()
-        return array.view(ml_dtypes.bfloat16) if self.dtype == "bfloat16" else array
+        return array.view(numpy_dtype(self.dtype))
 
 
 def zeros(shape: Sequence[int], dtype: str) -> Fixed:
     """A zeroed array on large pages, which take memory when first written. CapacityError when there is none."""
-    num_bytes = math.prod(shape) * np.dtype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype).itemsize
+    num_bytes = math.prod(shape) * numpy_dtype(dtype).itemsize
     if num_bytes >= _ADDRESSABLE_BYTES:
         raise CapacityError(f"memory: expected less than {_ADDRESSABLE_BYTES} bytes for one array, got {num_bytes}")
     return Fixed(cpu.default_pool().buffer(dtype, "fixed", list(shape)))
@@ -93,12 +100,27 @@ def as_tensor(array: Any, name: str) -> native.Tensor:
     if isinstance(array, (Buffer, Fixed)):
         return array.tensor
     dtype = dtype_name(array)
-    if isinstance(array, np.ndarray) and array.dtype in _VIEWS:
-        array = array.view(_VIEWS[array.dtype])
+    if dtype in _VIEWS:
+        array = _as_integers(array, _VIEWS[dtype])
     try:
-        return native.wrap(array, dtype)
+        return native.wrap(array, "uint8" if dtype == "bool" else dtype)
     except TypeError as error:
         raise ArgumentError(f"{name}: expected an array on the CPU, got {type(array).__name__}") from error
+
+
+def _as_integers(array: Any, integers: str) -> Any:
+    """The same memory as integers, of what DLPack may not carry."""
+    if isinstance(array, np.ndarray):
+        return array.view(integers)
+    if _is_torch(array) and integers == "uint8":
+        import torch
+
+        return array.view(torch.uint8)
+    return array  # others may know how to hand it over themselves
+
+
+def _is_torch(array: Any) -> bool:
+    return type(array).__module__.partition(".")[0] == "torch"
 
 
 def shape_of(array: Any, name: str) -> tuple[int, ...]:
@@ -114,11 +136,11 @@ def empty_like(array: Any, shape: Sequence[int], dtype: str) -> Any:
     if isinstance(array, Buffer):
         kind = array.tensor.rows_kind if shape[0] == array.shape[0] else "fixed"
         return Buffer(array.program.buffer(dtype, kind, list(shape)), array.program)
-    if type(array).__module__.partition(".")[0] == "torch":
+    if _is_torch(array):
         import torch
 
         return torch.empty(tuple(shape), dtype=getattr(torch, dtype))
-    return np.empty(tuple(shape), dtype=getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype)
+    return np.empty(tuple(shape), dtype=numpy_dtype(dtype))
 
 
 def runner_of(*arrays: Any) -> native.Runner:

@@ -11,21 +11,17 @@
 
 namespace nb = nanobind;
 namespace headrace {
+void bind_append(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_roof(nb::module_& m);
 void bind_sampling(nb::module_& m);
+void bind_schedule(nb::module_& m);
 }
 using namespace headrace;
 using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
 using BytesArray = nb::ndarray<const uint8_t, nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 namespace {
-
-DType dtype_from_name(const std::string& name) {
-  for (int i = 0; i <= static_cast<int>(DType::i8); ++i)
-    if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
-  throw std::invalid_argument("dtype: unknown '" + name + "'");
-}
 
 // Wraps memory that Python owns. `dtype` names what the bytes mean: bfloat16 travels as uint16.
 TensorRef wrap(const AnyArray& array, const std::string& dtype) {
@@ -67,12 +63,12 @@ nb::dlpack::dtype numpy_type(DType t) {
     case DType::bf16: return nb::dtype<uint16_t>();
     case DType::i32: return nb::dtype<int32_t>();
     case DType::i64: return nb::dtype<int64_t>();
-    case DType::u8: return nb::dtype<uint8_t>();
+    case DType::u8: case DType::f8: return nb::dtype<uint8_t>();
     default: return nb::dtype<int8_t>();
   }
 }
 
-// bfloat16 travels as uint16.
+// bfloat16 travels as uint16, float8_e4m3fn as uint8.
 nb::ndarray<nb::numpy> to_numpy(const TensorRef& t) {
   if (!t->data) throw std::invalid_argument("tensor: has no memory before its program is finished");
   std::vector<size_t> shape(t->shape.begin(), t->shape.end());
@@ -200,7 +196,9 @@ NB_MODULE(_native, m) {
   bind_runtime(m);
   bind_weights(m);
   bind_ops(m);
+  bind_append(m);
   bind_attention(m);
   bind_roof(m);
   bind_sampling(m);
+  bind_schedule(m);
 }

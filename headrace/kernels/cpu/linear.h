@@ -4,7 +4,7 @@
 //   expanded once and meet 1..8 activation rows; int32 dots are scaled into fp32 accumulators per 32 columns.
 // Zero points cost nothing: the int32 accumulator starts at -zero * (sum of the activations).
 #pragma once
-#include "elements.h"
+#include "cached.h"
 #include "kernels.h"
 
 namespace headrace {
@@ -367,10 +367,10 @@ static void finish_row(const float* result, const float* bias, const float* resi
 
 // A row of any element type as floats.
 static void widen_row(const void* x, DType type, int64_t n, float* out) {
-  with_element(type, [&](auto tag) {
+  with_cached(type, [&](auto tag) {
     using E = decltype(tag);
     const auto* in = static_cast<const typename E::type*>(x);
-    for (int64_t i = 0; i < n; i += kLanes) store_first<AsFloat>(out + i, load_first<E>(in + i, n - i), n - i);
+    for (int64_t i = 0; i < n; i += kLanes) store_first<AsFloat>(out + i, load_first<E>(E::at(in, i), n - i), n - i);
   });
 }
 

@@ -2,6 +2,7 @@
 //   pair (a, b) -> (a cos - b sin, b cos + a sin);  pairs are (2i, 2i + 1) interleaved, else (i, i + rotary_dim / 2)
 // Wins always: it is the only one. Schedule: tokens are chunks; 16 pairs at a time; one pass, the head stays in L1.
 #pragma once
+#include "cached.h"
 #include "norm.h"
 #include "rope_work.h"
 
@@ -32,10 +33,10 @@ static void rotate_pairs(float* x, const float* cosines, const float* sines, int
 }
 
 static void convert_row(const float* x, void* y, DType type, int64_t n) {
-  with_element(type, [&](auto out) {
+  with_cached(type, [&](auto out) {
     using Out = decltype(out);
     auto* to = static_cast<typename Out::type*>(y);
-    for (int64_t i = 0; i < n; i += kLanes) store_first<Out>(to + i, load_first<AsFloat>(x + i, n - i), n - i);
+    for (int64_t i = 0; i < n; i += kLanes) store_first<Out>(Out::at(to, i), load_first<AsFloat>(x + i, n - i), n - i);
   });
 }
 

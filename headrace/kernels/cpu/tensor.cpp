@@ -10,8 +10,15 @@
 namespace headrace {
 
 const char* dtype_name(DType t) {
-  static const char* const names[] = {"float32", "float16", "bfloat16", "float64", "int32", "int64", "uint8", "int8"};
+  static const char* const names[] = {"float32", "float16", "bfloat16", "float64", "int32",
+                                      "int64", "uint8", "int8", "float8_e4m3fn", "int4"};
   return names[static_cast<int>(t)];
+}
+
+DType dtype_from_name(const std::string& name) {
+  for (int i = 0; i <= static_cast<int>(DType::i4); ++i)
+    if (name == dtype_name(static_cast<DType>(i))) return static_cast<DType>(i);
+  throw std::invalid_argument("dtype: unknown '" + name + "'");
 }
 
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& shape) {

@@ -8,7 +8,8 @@
 
 namespace headrace {
 
-enum class DType : uint8_t { f32, f16, bf16, f64, i32, i64, u8, i8 };
+// f8 is e4m3fn. NOTE: i4 is for kernels, where strides count items of two codes; an array of int4 is one of u8.
+enum class DType : uint8_t { f32, f16, bf16, f64, i32, i64, u8, i8, f8, i4 };
 
 inline int64_t dtype_bytes(DType t) {
   switch (t) {
@@ -19,6 +20,7 @@ inline int64_t dtype_bytes(DType t) {
   }
 }
 const char* dtype_name(DType t);
+DType dtype_from_name(const std::string& name);
 
 // What changes from step to step. In eager calls every count is in the shapes and Sizes is unused.
 struct Sizes {
