@@ -16,6 +16,7 @@ void bind_attention(nb::module_& m);
 void bind_roof(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_schedule(nb::module_& m);
+void bind_schedule(nb::module_& m);
 }
 using namespace headrace;
 using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
@@ -200,5 +201,6 @@ NB_MODULE(_native, m) {
   bind_attention(m);
   bind_roof(m);
   bind_sampling(m);
+  bind_schedule(m);
   bind_schedule(m);
 }
