@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headrace.errors import ArgumentError
-from headrace.ops.select import Explanation, explain
+from headrace.ops.explanation import Explanation, explain_request
 
 OPS = ("linear", "rms_norm")
 
@@ -16,10 +16,10 @@ def explain_op(op: str, *, tokens: int, dim: int, rows: int, weight: str) -> Exp
     if op == "rms_norm":
         from headrace.ops import norm
 
-        return explain(norm.kernels(), norm.request((tokens, dim)))
+        return explain_request(norm.kernels(), norm.request((tokens, dim)))
     if op == "linear":
         from headrace.ops import linear
         from headrace.ops.formats import get_format
 
-        return explain(linear.kernels(), linear.request(tokens, [(get_format(weight).name, rows, dim)]))
+        return explain_request(linear.kernels(), linear.request(tokens, [(get_format(weight).name, rows, dim)]))
     raise ArgumentError(f"op: expected one of {', '.join(OPS)}, got {op!r}")

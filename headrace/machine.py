@@ -6,6 +6,9 @@ modest figures of `UNMEASURED`, which rank kernels well enough and are never pri
 
 Read bandwidth depends on the size of what is read over and over: a model of 97 MB may live at the edge of a cache. So
 it is kept as points, size by size, and `Machine.roof_for` answers for a size.
+
+What each kernel makes of the roofs is measured by `headrace bench ops --calibrate` and kept beside them, with a version
+of its own (`Machine.calibration`); a kernel that was not measured goes by its defaults.
 """
 
 from __future__ import annotations
@@ -19,14 +22,17 @@ import platform
 from bisect import bisect_left
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 PROBES_VERSION = 1  # of what is measured and how: roofs measured by another version are not used
 
+CALIBRATION_VERSION = 1  # of what KernelSpeed means and how it is fitted
+
 # Per thread, of a small modern core: bytes/s and FLOP/s.
 UNMEASURED = {"read": 12e9, "cache_read": 24e9, "fp32": 60e9, "bf16": 60e9, "int8": 250e9}
+DOUBLE_SHARE = 0.5  # of the fp32 roof that fp64 arithmetic has: half as many lanes
 
 # Two working sets this close in size have one roof.
 SAME_SIZE = 0.1
@@ -54,6 +60,24 @@ class Cache:
 
 
 @dataclass(frozen=True)
+class KernelSpeed:
+    """What one kernel makes of the roofs: a call takes call_s and the longer of its bytes and its arithmetic at these
+    shares of the roofs, and so much for each tile, segment and merge of its busiest worker."""
+
+    call_s: float
+    arithmetic: float  # share of the roof of the unit it computes in
+    read: float = 1.0  # share of the read roof; above 1 where a cache serves what the roof counts as memory
+    tile_s: float = 0.0
+    segment_s: float = 0.0
+    merge_s: float = 0.0
+
+    def seconds(self, memory_s: float, compute_s: float) -> float:
+        """A call's time, without its tiles. A little of the arithmetic always counts: it tells equals apart."""
+        arithmetic_s = compute_s / self.arithmetic
+        return max(memory_s / self.read, arithmetic_s) + arithmetic_s * 1e-3 + self.call_s
+
+
+@dataclass(frozen=True)
 class Machine:
     """What is known of this machine. `roofs` are with all its usable cores, in bytes/s and FLOP/s."""
 
@@ -69,6 +93,7 @@ class Machine:
         default_factory=dict
     )  # threads -> bytes read over and over -> bytes/s
     products: Mapping[str, Mapping[int, float]] = field(default_factory=dict)  # unit -> threads -> FLOP/s
+    calibration: Mapping[str, KernelSpeed] = field(default_factory=dict)  # "op/kernel/unit" -> its speed
 
     @property
     def isa(self) -> str:
@@ -85,7 +110,26 @@ class Machine:
 
     def seconds(self, num_bytes: int, flops: int, unit: str) -> tuple[float, float]:
         """The least time for the bytes and for the arithmetic; the larger binds."""
-        return num_bytes / self.roofs["read"], flops / self.roofs[unit]
+        return num_bytes / self._read_rate(num_bytes), flops / self._arithmetic_roof(unit)
+
+    def _read_rate(self, num_bytes: int) -> float:
+        """The read roof for a size, remembered for sizes within 3 % of each other: each call of an op asks for it."""
+        if not self.measured:
+            return self.roofs["read"]
+        mantissa, exponent = math.frexp(num_bytes)
+        steps = int(mantissa * 32)
+        rate = self._read_rates.get((steps, exponent))
+        if rate is None:
+            rate = self.roof_for(max(1, int(math.ldexp(steps / 32, exponent)))) or self.roofs["read"]
+            self._read_rates[steps, exponent] = rate
+        return rate
+
+    @functools.cached_property
+    def _read_rates(self) -> dict[tuple[int, int], float]:
+        return {}
+
+    def _arithmetic_roof(self, unit: str) -> float:
+        return self.roofs["fp32"] * DOUBLE_SHARE if unit == "fp64" else self.roofs[unit]
 
     def read_roof_at(self, num_bytes: int, threads: int | None = None) -> float | None:
         """Read bandwidth in bytes/s, measured for about this size and this many threads; None if it was not."""
@@ -105,7 +149,10 @@ class Machine:
         return _interpolated(self.reads[_closest(self.reads, threads or self.cores)], num_bytes)
 
     def product_roof(self, unit: str, threads: int | None = None) -> float | None:
-        """FLOP/s of fp32, bf16 or int8 products; None when it was never measured."""
+        """FLOP/s of fp64, fp32, bf16 or int8 products; None when it was never measured."""
+        if unit == "fp64":
+            single = self.product_roof("fp32", threads)
+            return single and single * DOUBLE_SHARE
         points = self.products.get(unit, {})
         return points.get(_closest(points, threads or self.cores)) if self.measured else None
 
@@ -136,10 +183,11 @@ def this_machine() -> Machine:
     points = reads.get(cores, {})
     if not (points and all(cores in products.get(unit, {}) for unit in ("fp32", "bf16", "int8"))):
         guesses = {name: rate * cores for name, rate in UNMEASURED.items()}
-        return Machine(guesses, measured=False, reads=reads, **described)
+        return Machine(guesses, measured=False, reads=reads, calibration=_kept_calibration(), **described)
     roofs = {unit: by_threads[cores] for unit, by_threads in products.items()}
     roofs |= {"read": points[max(points)], "cache_read": points[cache_sized(described["caches"])]}
-    return Machine(roofs, measured=True, reads=reads, products=products, **described)
+    kept_speeds = _kept_calibration()
+    return Machine(roofs, measured=True, reads=reads, products=products, calibration=kept_speeds, **described)
 
 
 def cache_sized(caches: tuple[Cache, ...]) -> int:
@@ -186,6 +234,40 @@ def _rates(points: Mapping[str, Any]) -> dict[int, float]:
     if not all(key > 0 and math.isfinite(rate) and rate > 0 for key, rate in rates.items()):
         raise ValueError("a rate must be a positive number")
     return rates
+
+
+def keep_calibration(speeds: Mapping[str, KernelSpeed]) -> Machine:
+    """The machine with these kernels' speeds in place of all earlier ones, in later processes too where the cache can
+    be written. Keys: "op/kernel/unit"."""
+    with suppress(OSError):
+        found = {key: asdict(speed) for key, speed in speeds.items()}
+        _write_whole(_calibration_path(), json.dumps({"version": CALIBRATION_VERSION, "speeds": found}))
+    _kept_calibration().clear()
+    _kept_calibration().update(speeds)
+    this_machine.cache_clear()
+    return this_machine()
+
+
+@functools.cache
+def _kept_calibration() -> dict[str, KernelSpeed]:
+    """What is on disk, read once; `keep_calibration` changes it. A file that is not what we write counts as none."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        found = json.loads(_calibration_path().read_text())
+        if found["version"] == CALIBRATION_VERSION:
+            return {str(key): _speed(fields) for key, fields in found["speeds"].items()}
+    return {}
+
+
+def _speed(fields: Mapping[str, float]) -> KernelSpeed:
+    speed = KernelSpeed(**{name: float(value) for name, value in fields.items()})
+    values = asdict(speed)
+    if not (all(math.isfinite(v) and v >= 0 for v in values.values()) and speed.arithmetic > 0 and speed.read > 0):
+        raise ValueError("a speed must be made of numbers >= 0, its shares of numbers > 0")
+    return speed
+
+
+def _calibration_path() -> Path:
+    return _roofs_path().with_name(_roofs_path().name.replace("machine-", "calibration-"))
 
 
 def _roofs_path() -> Path:

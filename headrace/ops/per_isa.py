@@ -1,53 +1,77 @@
 """What every CPU kernel says of itself: one per instruction set, its conditions and its cost.
 
-A native op exists once per instruction set. The higher one wins unless it does not exist for the request; how much of
-the machine's arithmetic each reaches is the only number here.
+A native op exists once per instruction set. The higher one wins unless it does not exist for the request. What share of
+the arithmetic roof each reaches is measured by `headrace bench ops --calibrate`; until then it is what stands here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from headrace.kernels import cpu
-from headrace.machine import Machine
-from headrace.ops.select import Kernel, Request
+from headrace.machine import KernelSpeed, Machine
+from headrace.ops.select import Kernel, Plan, Reason, Request
 
-# Share of the machine's measured arithmetic roof, per instruction set.
-ARITHMETIC = {"portable": 0.05, "avx2": 0.4, "avx512": 0.8, "amx": 1.0}
+INSTRUCTION_SET = "instruction set"  # the predicate of a missing one
 CALL_SECONDS = 2e-6
 
-Conditions = Callable[[Request], list[str]]
+# Of a kernel that was never measured here: the share of the arithmetic roof that its instruction set reaches.
+_ARITHMETIC = {"portable": 0.05, "avx2": 0.4, "avx512": 0.8, "avx512_bf16": 0.9, "amx": 1.0}
+DEFAULT_SPEEDS = {level: KernelSpeed(CALL_SECONDS, share) for level, share in _ARITHMETIC.items()}
+
+Conditions = Callable[[Request], Sequence[Reason]]
+Planner = Callable[[Request, Machine], Plan]
 
 
-def _no_conditions(request: Request) -> list[str]:
+def _no_conditions(request: Request) -> list[Reason]:
     return []
 
 
-def cpu_kernel(level: str, run: Callable[..., Any], why_not: Conditions = _no_conditions) -> Kernel:
+def cpu_kernel(
+    level: str, run: Callable[..., Any], why_not: Conditions = _no_conditions, plan: Planner | None = None
+) -> Kernel:
     """The kernel of one instruction set. `run(level, ...)` takes the level first, then the op's arguments."""
+    name = f"cpu_{level}"
 
-    def reasons(request: Request) -> list[str]:
+    def reasons(request: Request) -> list[Reason]:
         missing = cpu.ISAS.index(level) > cpu.ISAS.index(cpu.isa())
-        return ([_missing(level)] if missing else []) + why_not(request)
+        return ([_missing(level)] if missing else []) + list(why_not(request))
 
     def cost(request: Request, machine: Machine) -> float:
-        traffic = request.traffic
-        memory_s, compute_s = machine.seconds(traffic.num_bytes, traffic.flops, traffic.unit)
-        return max(memory_s, compute_s / ARITHMETIC[level]) + compute_s * 1e-3 / ARITHMETIC[level] + CALL_SECONDS
+        planned = plan(request, machine) if plan else None
+        return predicted_seconds(request, machine, name, DEFAULT_SPEEDS[level], planned)
 
     def run_at_level(*args: Any, **options: Any) -> Any:
         return run(level, *args, **options)
 
-    return Kernel(f"cpu_{level}", reasons, cost, run_at_level)
+    return Kernel(name, reasons, cost, run_at_level, plan, level)
 
 
-def _missing(level: str) -> str:
+def predicted_seconds(
+    request: Request, machine: Machine, kernel: str, default: KernelSpeed, plan: Plan | None = None
+) -> float:
+    """What a kernel with that plan takes: by its speed as calibrated on this machine, or by its default."""
+    traffic = request.traffic
+    unit = (plan and plan.arithmetic) or traffic.unit
+    speed = machine.calibration.get(f"{request.op}/{kernel}/{unit}", default)
+    seconds = speed.seconds(*machine.seconds(traffic.num_bytes, traffic.flops, unit))
+    if plan is None:
+        return seconds
+    return seconds + plan.tiles * speed.tile_s + plan.segments * speed.segment_s + plan.merges * speed.merge_s
+
+
+def _missing(level: str) -> Reason:
     if cpu.ISAS.index(level) > cpu.ISAS.index(cpu.best_isa()):
-        return f"needs {level}; this CPU has {cpu.best_isa()}"
-    return f"needs {level}; limit_isa keeps this process at {cpu.isa()}"
+        return Reason(INSTRUCTION_SET, f"{cpu.best_isa()}, this CPU's best", level, "a CPU that has it")
+    return Reason(INSTRUCTION_SET, f"{cpu.isa()}, where limit_isa keeps it", level, "a higher limit_isa, or none")
 
 
-def per_isa(run: Callable[..., Any], levels: tuple[str, ...] = cpu.ISAS[:3]) -> tuple[Kernel, ...]:
+def per_isa(
+    run: Callable[..., Any],
+    levels: tuple[str, ...] = cpu.ISAS[:3],
+    why_not: Conditions = _no_conditions,
+    plan: Planner | None = None,
+) -> tuple[Kernel, ...]:
     """One kernel per instruction set for an op whose native code exists in all of them."""
-    return tuple(cpu_kernel(level, run) for level in reversed(levels))
+    return tuple(cpu_kernel(level, run, why_not, plan) for level in reversed(levels))

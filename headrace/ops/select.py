@@ -1,23 +1,40 @@
-"""Choosing a kernel, and saying why.
+"""Choosing a kernel: the cheapest that can run, unless one is asked for by name.
 
-An op lists its kernels in one tuple. Each says why it cannot serve a request (an empty list: it can) and what it would
-cost on this machine. `choose` takes the cheapest that can; `explain` prints the same lists and numbers, so what is said
-and what is done cannot drift apart. There is no registry and no priority; a kernel asked for by name runs or raises.
+An op lists its kernels in one tuple. Each says why it cannot serve a request (an empty list: it can), what it would
+cost on this machine and how it would go about it. `choose` takes the cheapest that can; `explanation.py` prints the
+same lists and numbers, so what is said and what is done cannot drift apart. There is no registry and no priority; a
+kernel asked for by name, or a property asked for with `require`, is given or raises. `choices` counts what was taken.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
-from headrace.errors import KernelError
+from headrace.errors import ArgumentError, KernelError
 from headrace.machine import Machine, this_machine
 
 
 @dataclass(frozen=True)
+class Reason:
+    """Why a kernel cannot serve a request: which predicate fails, what it saw, what it needs, how to get there."""
+
+    predicate: str  # a noun: "instruction set", "dtype of key", "head_dim"
+    observed: str
+    required: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        text = f"{self.predicate}: needs {self.required}, got {self.observed}"
+        return f"{text} ({self.fix})" if self.fix else text
+
+
+@dataclass(frozen=True)
 class Traffic:
-    """What a request must move and compute, whatever the kernel. `unit` names the arithmetic: fp32, bf16 or int8."""
+    """What a request must move and compute, whatever the kernel. `unit`: fp64, fp32, bf16 or int8 arithmetic."""
 
     num_bytes: int
     flops: int
@@ -36,69 +53,157 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Kernel:
-    """One way to compute an op. `run` takes the op's own arguments."""
+class Plan:
+    """How a kernel would serve a request. `tiles`, `segments`, `merges`: of its busiest worker, for the cost model."""
 
-    name: str
-    why_not: Callable[[Request], list[str]]
-    cost: Callable[[Request, Machine], float]
-    run: Callable[..., Any]
+    splits: int = 1  # parts the longest piece of work is cut into
+    workers: int = 1
+    workspace_bytes: int = 0
+    deterministic: bool = True  # the same call on as many threads gives the same bits
+    batch_invariant: bool = False  # bits depend on neither neighbours, chunking nor threads
+    copies: bool = False  # inputs are converted or repacked in memory first
+    arithmetic: str = ""  # what products and sums are done in; empty: the unit of the request's traffic
+    tiles: float = 0.0
+    segments: float = 0.0
+    merges: float = 0.0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Explanation:
-    """What `choose` would do with a request, and why."""
+class Kernel:
+    """One way to compute an op. `run` takes the op's own arguments; `plan` is None where there is nothing to plan."""
 
-    request: Request
-    costs: Mapping[str, float]  # seconds, of the kernels that can run
-    rejected: Mapping[str, list[str]]
-    bound: str  # the roof that binds: "memory" or "compute"
+    name: str
+    why_not: Callable[[Request], list[Reason]]
+    cost: Callable[[Request, Machine], float]
+    run: Callable[..., Any]
+    plan: Callable[[Request, Machine], Plan] | None = None
+    isa: str = ""  # the instruction set or GPU generation it is written for
 
-    @property
-    def chosen(self) -> str | None:
-        return min(self.costs, key=self.costs.__getitem__, default=None)
-
-    def __str__(self) -> str:
-        lines = [f"{self.request.op}: {_shapes_text(self.request)}"]
-        for name, seconds in sorted(self.costs.items(), key=lambda item: item[1]):
-            mark = "chosen" if name == self.chosen else "can run"
-            lines.append(f"  {name:<24} {mark:<8} {seconds * 1e6:10.1f} us predicted, {self.bound}-bound")
-        for name, reasons in self.rejected.items():
-            lines += [f"  {name:<24} cannot   {reason}" for reason in reasons]
-        return "\n".join(lines)
+    def planned(self, request: Request, machine: Machine) -> Plan:
+        """How it would serve the request."""
+        return self.plan(request, machine) if self.plan else Plan(workers=machine.cores)
 
 
-def _shapes_text(request: Request) -> str:
-    return ", ".join(f"{name} {request.dtypes.get(name, '')} {list(shape)}" for name, shape in request.shapes.items())
+@dataclass(frozen=True)
+class Requirement:
+    """A property a caller may require. `lacking` tells what a kernel with its plan has instead; empty: it has it."""
+
+    required: str
+    fix: str
+    lacking: Callable[[Kernel, Plan, Request], str]
 
 
-def explain(kernels: Sequence[Kernel], request: Request, machine: Machine | None = None) -> Explanation:
-    """Why each kernel can or cannot serve the request, and its predicted seconds. Runs nothing."""
-    machine = machine or this_machine()
-    reasons = {kernel.name: kernel.why_not(request) for kernel in kernels}
-    costs = {kernel.name: kernel.cost(request, machine) for kernel in kernels if not reasons[kernel.name]}
-    memory_s, compute_s = machine.seconds(request.traffic.num_bytes, request.traffic.flops, request.traffic.unit)
-    rejected = {name: why for name, why in reasons.items() if why}
-    return Explanation(request, costs, rejected, "memory" if memory_s >= compute_s else "compute")
+def _inexact(kernel: Kernel, plan: Plan, request: Request) -> str:
+    arithmetic = plan.arithmetic or request.traffic.unit
+    return "" if arithmetic in ("fp32", "fp64") else f"{arithmetic} arithmetic"
 
 
-def choose(kernels: Sequence[Kernel], request: Request, name: str | None = None) -> Kernel:
-    """The cheapest kernel that can run; with a name, that one or a KernelError that says why not."""
-    if name is not None:
-        return _named(kernels, request, name)
+REQUIREMENTS: Mapping[str, Requirement] = {
+    "batch_invariant": Requirement(
+        "bits that depend on neither neighbours, chunking nor threads",
+        "deterministic=True",
+        lambda kernel, plan, request: "" if plan.batch_invariant else "a schedule made for this batch",
+    ),
+    "deterministic": Requirement(
+        "the same bits for the same call on as many threads",
+        "deterministic=True",
+        lambda kernel, plan, request: "" if plan.deterministic else "sums in an order that may change",
+    ),
+    "exact": Requirement("fp32 or fp64 arithmetic", 'precision="exact"', _inexact),
+    "no_copy": Requirement(
+        "inputs read where they lie",
+        "pass arrays of a type and layout the kernel reads",
+        lambda kernel, plan, request: "inputs converted or repacked first" if plan.copies else "",
+    ),
+    "vectorised": Requirement(
+        "vector instructions",
+        "a CPU with AVX2, and no limit_isa below it",
+        lambda kernel, plan, request: "the portable kernel" if kernel.isa == "portable" else "",
+    ),
+}
+
+
+def reasons_against(
+    kernel: Kernel, request: Request, require: Sequence[str] = (), machine: Machine | None = None
+) -> list[Reason]:
+    """The kernel's own reasons, and one for each requirement that its plan does not meet."""
+    reasons = list(kernel.why_not(request))
+    if require and not reasons:
+        plan = kernel.planned(request, machine or this_machine())
+        for name in require:
+            wanted = REQUIREMENTS[name]
+            if lacking := wanted.lacking(kernel, plan, request):
+                reasons.append(Reason(f"require {name}", lacking, wanted.required, wanted.fix))
+    return reasons
+
+
+def choose(kernels: Sequence[Kernel], request: Request, name: str | None = None, require: Sequence[str] = ()) -> Kernel:
+    """The cheapest kernel that can run and has all that is required; with a name that one. It is counted.
+
+    require: names out of REQUIREMENTS. Raises KernelError with the whole explanation when there is no such kernel.
+    """
+    require = checked_requirements(require)
     machine = this_machine()
-    able = [kernel for kernel in kernels if not kernel.why_not(request)]
+    able = [
+        kernel
+        for kernel in kernels
+        if (name is None or kernel.name == name) and not reasons_against(kernel, request, require, machine)
+    ]
     if not able:
-        raise KernelError(f"no kernel can run this\n{explain(kernels, request)}")
-    return min(able, key=lambda kernel: kernel.cost(request, machine))
+        raise _no_kernel(kernels, request, name, require)
+    chosen = able[0] if len(able) == 1 else min(able, key=lambda kernel: kernel.cost(request, machine))
+    _count(request.op, chosen.name)
+    return chosen
 
 
-def _named(kernels: Sequence[Kernel], request: Request, name: str) -> Kernel:
-    for kernel in kernels:
-        if kernel.name == name:
-            reasons = kernel.why_not(request)
-            if reasons:
-                raise KernelError(f"kernel {name!r} cannot run this {request.op}: {'; '.join(reasons)}")
-            return kernel
-    names = ", ".join(kernel.name for kernel in kernels)
-    raise KernelError(f"kernel: {request.op} has none named {name!r}", f"one of {names}")
+def checked_requirements(require: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple; ArgumentError for one that is unknown."""
+    names = (require,) if isinstance(require, str) else tuple(require)
+    for name in names:
+        if name not in REQUIREMENTS:
+            raise ArgumentError(f"require: expected names among {', '.join(REQUIREMENTS)}, got {name!r}")
+    return names
+
+
+def _no_kernel(kernels: Sequence[Kernel], request: Request, name: str | None, require: Sequence[str]) -> KernelError:
+    from headrace.ops.explanation import explain_request
+
+    names = [kernel.name for kernel in kernels]
+    if name is not None and name not in names:
+        return KernelError(f"kernel: {request.op} has none named {name!r}", f"one of {', '.join(names)}")
+    told = explain_request(kernels, request, require=require)
+    if name is None:
+        return KernelError(f"no kernel can run this {request.op}{_with(require)}\n{told}")
+    why = "; ".join(str(rejected.reason) for rejected in told.rejected if rejected.kernel == name)
+    return KernelError(f"kernel {name!r} cannot run this {request.op}{_with(require)}: {why}\n{told}")
+
+
+def _with(require: Sequence[str]) -> str:
+    return f" with require={tuple(require)!r}" if require else ""
+
+
+# Counting. NOTE: the one piece of state here; a recorded program chooses, and counts, once: when it is recorded.
+
+_counts: dict[tuple[str, str], int] = {}
+_counts_lock = threading.Lock()
+
+
+def _count(op: str, kernel: str) -> None:
+    with _counts_lock:
+        _counts[op, kernel] = _counts.get((op, kernel), 0) + 1
+
+
+def choices() -> Mapping[tuple[str, str], int]:
+    """How often each (op, kernel) was chosen in this process since `reset_choices`; a copy that does not change.
+
+    A program that was recorded counts its kernels once, when it is recorded.
+    """
+    with _counts_lock:
+        return MappingProxyType(dict(_counts))
+
+
+def reset_choices() -> None:
+    """Starts counting anew."""
+    with _counts_lock:
+        _counts.clear()

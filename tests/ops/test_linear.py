@@ -30,7 +30,7 @@ def matrix(name, case, seed=0):
 def skip_unless_able(kernel, request):
     reasons = kernel.why_not(request)
     if reasons:
-        pytest.skip("; ".join(reasons))
+        pytest.skip("; ".join(map(str, reasons)))
 
 
 def straightforward(x, raw, name, precision, over_tiles=False):

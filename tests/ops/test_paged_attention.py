@@ -35,7 +35,7 @@ def skip_unless_it_can_run(name):
     kernel = next(kernel for kernel in op.kernels() if kernel.name == name)
     reasons = kernel.why_not(None)
     if reasons:
-        pytest.skip("; ".join(reasons))
+        pytest.skip("; ".join(map(str, reasons)))
 
 
 def computed(case, batch, out_dtype="float32", **options):

@@ -123,7 +123,7 @@ def straightforward(x, table, interleaved, weight, eps):
 def test_append_is_within_budget(kernel, case, dtype, interleaved, normed):
     reasons = kernel.why_not(None)
     if reasons:
-        pytest.skip("; ".join(reasons))
+        pytest.skip("; ".join(map(str, reasons)))
     arrays = call_arrays(case, dtype)
     weights = (
         np.random.default_rng(1).standard_normal((2, case.head_dim)).astype(np.float32) if normed else (None, None)

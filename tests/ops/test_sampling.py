@@ -60,7 +60,7 @@ def test_draws_are_those_of_the_reference(kernel, case, params):
 def skip_unless_able(kernel, x):
     [found] = [k for k in sampling.kernels() if k.name == kernel]
     if reasons := found.why_not(sampling.request((1, len(x)))):
-        pytest.skip("; ".join(reasons))
+        pytest.skip("; ".join(map(str, reasons)))
 
 
 def test_a_wrong_distribution_does_not_pass():
