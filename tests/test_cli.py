@@ -55,10 +55,10 @@ Headrace = Callable[..., Ended]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("HEADRACE_CACHE", str(tmp_path))
-    for known in (machine._kept_roofs, machine.this_machine):
+    for known in (machine._kept_roofs, machine._kept_calibration, machine.this_machine):
         known.cache_clear()
     yield
-    for known in (machine._kept_roofs, machine.this_machine):
+    for known in (machine._kept_roofs, machine._kept_calibration, machine.this_machine):
         known.cache_clear()
 
 

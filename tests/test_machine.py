@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from headrace import machine
-from headrace.machine import Machine, keep_roofs, this_machine
+from headrace.machine import KernelSpeed, Machine, keep_calibration, keep_roofs, this_machine
 
 CORES = machine.usable_cores()
 CACHE_BYTES = machine.cache_sized(this_machine().caches)
@@ -20,8 +20,8 @@ PRODUCTS = {unit: {CORES: rate} for unit, rate in (("fp32", 1e11), ("bf16", 2e11
 
 
 def _forget() -> None:
-    machine._kept_roofs.cache_clear()
-    this_machine.cache_clear()
+    for known in (machine._kept_roofs, machine._kept_calibration, this_machine):
+        known.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -145,3 +145,60 @@ def test_the_machine_describes_itself() -> None:
     assert all(cache.num_bytes > 0 and cache.shared_by >= 1 for cache in found.caches)
     assert found.last_cache_bytes == max((cache.num_bytes for cache in found.caches), default=0)
     assert machine._num_listed("0-3,8,10-11") == 7
+
+
+SPEEDS = {"linear/cpu_avx2/int8": KernelSpeed(3e-6, 0.4), "norm/k/fp32": KernelSpeed(1e-6, 0.1, 1.5, 1e-9, 1e-7, 1e-6)}
+
+
+def test_calibration_survives_the_process_and_replaces_the_last(cache: Path) -> None:
+    assert this_machine().calibration == {}
+    keep_calibration({"gone/k/fp32": KernelSpeed(1.0, 1.0)})
+    assert keep_calibration(SPEEDS).calibration == SPEEDS
+    keep_roofs(READS, PRODUCTS)
+    _forget()
+    found = this_machine()
+    assert found.calibration == SPEEDS and found.measured
+    assert sorted(path.name.partition("-")[0] for path in cache.iterdir()) == ["calibration", "machine"]
+
+
+@pytest.mark.parametrize("value", ["-1.0", "0.0", "NaN", "Infinity", '"fast"', "null"])
+def test_a_calibration_that_cannot_be_is_not_believed(value: str) -> None:
+    keep_calibration({"linear/cpu_avx2/int8": KernelSpeed(3e-6, 0.40625)})
+    path = machine._calibration_path()
+    path.write_text(path.read_text().replace("0.40625", value))
+    _forget()
+    assert this_machine().calibration == {}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"version": 99, "speeds": {}}', '{"version": 1, "speeds": {"a": {"b": 1}}}']
+)
+def test_a_calibration_file_that_is_not_ours_counts_as_none(cache: Path, text: str) -> None:
+    cache.mkdir()
+    machine._calibration_path().write_text(text)
+    assert this_machine().calibration == {}
+    keep_calibration(SPEEDS)
+    _forget()
+    assert this_machine().calibration == SPEEDS
+
+
+def test_bytes_are_served_at_the_roof_of_their_size() -> None:
+    guessed = this_machine()
+    assert guessed.seconds(CACHE_BYTES, 0, "fp32")[0] == CACHE_BYTES / guessed.roofs["read"]
+    found = keep_roofs(READS, PRODUCTS)
+    for size, rate in READS[CORES].items():
+        assert found.seconds(size, 0, "fp32")[0] == pytest.approx(size / rate, rel=0.05)
+        assert found.seconds(size, 0, "fp32") == found.seconds(size, 0, "fp32")
+    assert found.seconds(0, 0, "fp32") == (0.0, 0.0)
+
+
+def test_double_precision_has_half_the_lanes() -> None:
+    found = keep_roofs(READS, PRODUCTS)
+    assert found.seconds(0, 100, "fp64")[1] == 2 * found.seconds(0, 100, "fp32")[1]
+    assert found.product_roof("fp64") == 0.5 * PRODUCTS["fp32"][CORES]
+
+
+def test_a_speed_is_the_longer_side_and_the_call() -> None:
+    speed = KernelSpeed(1.0, arithmetic=0.5, read=0.25)
+    assert speed.seconds(8.0, 4.0) == pytest.approx(1.0 + 32.0 + 0.008)
+    assert speed.seconds(1.0, 4.0) == pytest.approx(1.0 + 8.0 + 0.008)
