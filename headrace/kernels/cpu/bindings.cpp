@@ -13,6 +13,7 @@ namespace nb = nanobind;
 namespace headrace {
 void bind_append(nb::module_& m);
 void bind_attention(nb::module_& m);
+void bind_merge(nb::module_& m);
 void bind_roof(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_schedule(nb::module_& m);
@@ -199,6 +200,7 @@ NB_MODULE(_native, m) {
   bind_ops(m);
   bind_append(m);
   bind_attention(m);
+  bind_merge(m);
   bind_roof(m);
   bind_sampling(m);
   bind_schedule(m);

@@ -3,6 +3,7 @@
 #include "attention_prefill.h"
 #include "kernels.h"
 #include "linear.h"
+#include "merge.h"
 #include "norm.h"
 #include "sampling.h"
 #include "roof.h"
@@ -16,6 +17,7 @@ static const Kernels kTable = {
     read_bytes, multiply_floats, multiply_bytes,
     find_peak, weigh, keep_heavy,
     rotate_heads, convert_row, attend_few, attend_tile, merge_attention,
+    merge_parts,
 };
 
 }  // namespace HEADRACE_ISA

@@ -58,6 +58,14 @@ struct PagedAttentionTensors {
 void submit_paged_attention(Runner& runner, Isa isa, PagedAttentionTensors tensors, int64_t window_left, float scale,
                             float softcap);
 
+// parts of one attention, each out [..., heads, value_dim] f32|f16|bf16 (or all f64) and lse [..., heads] f32 -> the whole, the
+// same shapes. sinks [heads] f32 may be absent.
+struct MergeTensors {
+  std::vector<TensorRef> outs, lses;
+  TensorRef out, lse, sinks;
+};
+void submit_merge_attention(Runner& runner, Isa isa, MergeTensors tensors);
+
 // raw: the matrix as a file holds it
 WeightRef pack_weight(Pool& pool, WeightFormat format, int64_t rows, int64_t cols, const uint8_t* raw, int64_t raw_bytes);
 

@@ -1,0 +1,111 @@
+"""Partial attentions over parts of the keys, merged into the attention over all of them.
+
+    parts: each out [..., heads, value_dim] and lse [..., heads]   ->   out, lse of the same shapes
+
+    lse = log sum_p exp(lse_p)        out = sum_p exp(lse_p) out_p / (exp(lse) + exp(sink))
+
+The log-sum-exp says how much weight a part's out stands for, so any split of the keys can be computed apart and joined,
+in any grouping: the merge is associative. A part that saw no key (lse -inf) counts nothing and its out is not read; a
+row that no part saw is 0, -inf. Sinks take weight once, so they are left out of the parts and given here.
+
+Dao 2023, "Flash-Decoding"; Ye et al. 2024, "Cascade Inference".
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from headrace.errors import ArgumentError
+from headrace.kernels.cpu.arrays import dtype_name, empty_like, numpy_dtype, shape_of
+from headrace.ops.attention_options import AttentionResult
+from headrace.ops.select import Kernel, Request, Traffic, choose
+
+Part = AttentionResult | tuple[Any, Any]
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def merge_attention(
+    parts: Sequence[Part], *, sinks: Any = None, out_dtype: str | None = None, kernel: str | None = None
+) -> AttentionResult:
+    """The attention over the keys of all parts, each an AttentionResult or (out, lse); any number, one at least.
+
+    out: float32, float16, bfloat16, of a type of its own in each part, or float64 in all; lse: float32. out_dtype: the
+    widest of the parts' when not given. sinks: float32 [heads], which the parts must not contain. Arrays come back as
+    those of the first part. Raises ArgumentError for parts that do not fit each other.
+    """
+    outs, lses = _split(parts)
+    out_dtype = out_dtype or max((dtype_name(out) for out in outs), key=_width)
+    if out_dtype not in DTYPES:
+        raise ArgumentError(f"out_dtype: expected one of {', '.join(DTYPES)}, got {out_dtype!r}")
+    shape = shape_of(outs[0], "parts[0].out")
+    asked = request([shape] * len(outs), [dtype_name(out) for out in outs], out_dtype)
+    merged = AttentionResult(empty_like(outs[0], shape, out_dtype), empty_like(outs[0], shape[:-1], "float32"))
+    choose(kernels(), asked, kernel).run(outs, lses, out=merged.out, lse=merged.lse, sinks=sinks)
+    return merged
+
+
+def reference(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], sinks: np.ndarray | None = None, dtype: Any = np.float64
+) -> tuple[np.ndarray, np.ndarray]:
+    """The formula in float64 (or `dtype`: the straightforward computation)."""
+    lses = np.stack([lse.astype(dtype) for _, lse in parts])
+    top = np.max(lses, axis=0)
+    top = np.where(np.isneginf(top), dtype(0), top)
+    weights = np.exp(lses - top)
+    with np.errstate(divide="ignore"):
+        lse = top + np.log(weights.sum(axis=0))
+    total = weights.sum(axis=0) + (0 if sinks is None else np.exp(sinks.astype(dtype) - top))
+    shares = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    out = np.zeros(parts[0][0].shape, dtype)
+    for (part, _), share in zip(parts, shares, strict=True):
+        out += np.where(share[..., None] > 0, share[..., None] * part.astype(dtype), dtype(0))
+    return out, lse
+
+
+def request(shapes: Sequence[tuple[int, ...]], dtypes: Sequence[str], out_dtype: str) -> Request:
+    """The request of a call: every part is read once and the whole written, two operations per element read."""
+    elements = sum(math.prod(shape) for shape in shapes)
+    num_bytes = sum(math.prod(s) * _width(d) + 4 * math.prod(s[:-1]) for s, d in zip(shapes, dtypes, strict=True))
+    num_bytes += math.prod(shapes[0]) * _width(out_dtype) + 4 * math.prod(shapes[0][:-1])
+    named = {f"parts[{i}]": shape for i, shape in enumerate(shapes)}
+    types = dict(zip(named, dtypes, strict=True)) | {"out": out_dtype}
+    unit = "fp64" if out_dtype == "float64" else "fp32"
+    return Request("merge_attention", named, types, Traffic(num_bytes, 2 * elements, unit))
+
+
+def _width(dtype: str) -> int:
+    return numpy_dtype(dtype).itemsize if dtype in DTYPES else 4
+
+
+def _split(parts: Sequence[Part]) -> tuple[list[Any], list[Any]]:
+    outs, lses = [], []
+    for i, part in enumerate(parts):
+        try:
+            out, lse = (part.out, part.lse) if isinstance(part, AttentionResult) else part
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(
+                f"parts[{i}]: expected an AttentionResult or (out, lse), got {type(part).__name__}"
+            ) from error
+        out_shape, lse_shape = shape_of(out, f"parts[{i}].out"), shape_of(lse, f"parts[{i}].lse")
+        if len(out_shape) < 3 or out_shape[:-1] != lse_shape:
+            text = f"{list(out_shape)} and {list(lse_shape)}"
+            raise ArgumentError(f"parts[{i}]: expected out [..., heads, value_dim] and lse [..., heads], got {text}")
+        outs.append(out)
+        lses.append(lse)
+    if not outs:
+        raise ArgumentError("parts: expected one at least, got none")
+    return outs, lses
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    """The kernels of this op, imported when first asked for."""
+    from headrace.kernels.cpu import merge_attention
+    from headrace.ops.per_isa import per_isa
+
+    return per_isa(merge_attention.run)
