@@ -1,4 +1,4 @@
-// How work is divided among workers: units of items on a line, cut into intervals. The integer twin of kernels/schedule.py.
+// How work is divided among workers: units of items on a line, cut into intervals. The twin of kernels/schedule.py.
 //
 // An item (one request, one group of KV heads, one tile of query rows) has counts[i] units of KV costing weights[i] each, and
 // `overhead` wherever one of its segments begins. Boundary (item, unit), unit < counts[item]; (item + 1, 0) is an item's end.
