@@ -14,9 +14,9 @@ namespace headrace {
 void bind_append(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_merge(nb::module_& m);
+void bind_products(nb::module_& m);
 void bind_roof(nb::module_& m);
 void bind_sampling(nb::module_& m);
-void bind_schedule(nb::module_& m);
 void bind_schedule(nb::module_& m);
 }
 using namespace headrace;
@@ -201,8 +201,8 @@ NB_MODULE(_native, m) {
   bind_append(m);
   bind_attention(m);
   bind_merge(m);
+  bind_products(m);
   bind_roof(m);
   bind_sampling(m);
-  bind_schedule(m);
   bind_schedule(m);
 }

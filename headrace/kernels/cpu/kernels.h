@@ -5,6 +5,7 @@
 #include "attention_work.h"
 #include "isa.h"
 #include "merge_work.h"
+#include "products_work.h"
 #include "rope_work.h"
 #include "tensor.h"
 #include "weight.h"
@@ -78,6 +79,8 @@ struct Kernels {
   void (*attend_tile)(const AttentionCall& call, const AttentionWork& work);
   void (*merge_attention)(const AttentionCall& call, const AttentionMerge& merge, float* scratch);
   void (*merge_parts)(const MergeArgs& args);
+  // Present where there are products of bf16:
+  void (*product_bf16)(const ProductProbe& probe) = nullptr;  // for tests
   // Present where there are tiles:
   void (*split_row)(const float* x, int64_t n, uint16_t* high, uint16_t* low) = nullptr;
   void (*pack_tiles)(const float* panel, int64_t cols, uint16_t* high, uint16_t* low) = nullptr;

@@ -3,12 +3,13 @@
 #define HEADRACE_AVX512 1
 #define HEADRACE_AVX512_BF16 1
 #define HEADRACE_AMX 1
+#include "products_bf16.h"
 #include "strip.h"
 
 namespace headrace {
 
 const Kernels& amx_kernels() {
-  static const Kernels table = amx::with_strips(avx512_bf16_kernels());
+  static const Kernels table = amx::with_bf16(amx::with_strips(avx512_bf16_kernels()));
   return table;
 }
 

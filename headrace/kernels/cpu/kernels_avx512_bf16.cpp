@@ -2,10 +2,13 @@
 #define HEADRACE_ISA avx512_bf16
 #define HEADRACE_AVX512 1
 #define HEADRACE_AVX512_BF16 1
-#include "kernels.h"
+#include "products_bf16.h"
 
 namespace headrace {
 
-const Kernels& avx512_bf16_kernels() { return avx512_kernels(); }
+const Kernels& avx512_bf16_kernels() {
+  static const Kernels table = avx512_bf16::with_bf16(avx512_kernels());
+  return table;
+}
 
 }  // namespace headrace
