@@ -1,9 +1,10 @@
-// paged attention, few query rows per KV head (decode): each byte of the cache is read once, from memory, in order.
+// attention, few query rows per KV head (decode): each byte of the cache is read once, from memory, in order.
 // Wins: up to 16 rows per KV head, where the prefill kernel would convert and transpose keys for too little arithmetic.
 // Schedule: a work item is some chunks of keys of one request, for some KV heads; 64 keys at a time, head after head, while
 // those due 128 KB later are prefetched; scores as 16 dot products in 16 accumulators, reduced together by a transpose;
-// the sum over values in up to 4 x 4 accumulators. Chunks are merged in a second phase. Bound: read bandwidth, as long as
-// few enough query heads share a key: each adds two multiply-adds per key element and value element.
+// the sum over values in up to 4 x 4 accumulators. Codes are multiplied by their scales as scores and weights, once per key.
+// Bound: read bandwidth, as long as few enough query heads share a key: each adds two multiply-adds per key element and
+// value element. Error: float32 sums; the exponential is within 2.5e-7.
 #pragma once
 #include "attention.h"
 
@@ -27,8 +28,8 @@ template <class E> struct Due {
   const typename E::type* values;
   const Places* places;
 
-  const typename E::type* key(int64_t i) const { return keys + places->key[lesser(i, places->count - 1)]; }
-  const typename E::type* value(int64_t i) const { return values + places->value[lesser(i, places->count - 1)]; }
+  const typename E::type* key(int64_t i) const { return E::at(keys, places->key[lesser(i, places->count - 1)]); }
+  const typename E::type* value(int64_t i) const { return E::at(values, places->value[lesser(i, places->count - 1)]); }
 };
 constexpr int64_t kDueBytes = 128 << 10;  // enough to cover memory's latency, little enough to stay in L2
 
@@ -46,15 +47,15 @@ static inline void dot_products(const float* query, int64_t query_stride, const 
   for (; j + kLanes <= n; j += kLanes) {
     for (int r = 0; r < rows; ++r) x[r] = load(query + r * query_stride + j);
     for (int i = 0; i < keys; ++i) {
-      HEADRACE_PREFETCH(due[i] + j);
-      Floats y = E::load(key[i] + j);
+      HEADRACE_PREFETCH(E::at(due[i], j));
+      Floats y = E::load(E::at(key[i], j));
       for (int r = 0; r < rows; ++r) acc[r][i] = fma(x[r], y, acc[r][i]);
     }
   }
   if (j < n) {
     for (int r = 0; r < rows; ++r) x[r] = load(query + r * query_stride + j);
     for (int i = 0; i < keys; ++i) {
-      Floats y = load_first<E>(key[i] + j, n - j);
+      Floats y = load_first<E>(E::at(key[i], j), n - j);
       for (int r = 0; r < rows; ++r) acc[r][i] = fma(x[r], y, acc[r][i]);
     }
   }
@@ -69,7 +70,7 @@ static void score_rows(const AttentionCall& c, const float* query, const typenam
   for (int64_t first = 0; first < places.count; first += tile) {
     const typename E::type *key[tile], *later[tile];
     for (int i = 0; i < tile; ++i) {
-      key[i] = base + places.key[lesser(first + i, places.count - 1)];
+      key[i] = E::at(base, places.key[lesser(first + i, places.count - 1)]);
       later[i] = due.key(first + i);
     }
     Floats dots[kLanes];
@@ -91,9 +92,10 @@ static inline void add_columns(const float* weights, const typename E::type* bas
   for (int r = 0; r < rows; ++r)
     for (int i = 0; i < columns; ++i) total[r][i] = zero();
   for (int64_t k = 0; k < places.count; ++k) {
-    const typename E::type *value = base + places.value[k] + column, *later = due.value(k) + column;
-    for (int i = 0; i < columns; ++i) HEADRACE_PREFETCH(later + i * kLanes);
-    for (int i = 0; i < columns; ++i) x[i] = width >= kLanes ? E::load(value + i * kLanes) : load_first<E>(value, width);
+    const typename E::type *value = E::at(base, places.value[k] + column), *later = E::at(due.value(k), column);
+    for (int i = 0; i < columns; ++i) HEADRACE_PREFETCH(E::at(later, i * kLanes));
+    for (int i = 0; i < columns; ++i)
+      x[i] = width >= kLanes ? E::load(E::at(value, i * kLanes)) : load_first<E>(value, width);
     for (int r = 0; r < rows; ++r) {
       Floats weight = broadcast(weights[r * kKeyBlock + k]);
       for (int i = 0; i < columns; ++i) total[r][i] = fma(weight, x[i], total[r][i]);
@@ -117,14 +119,6 @@ static void add_values(const AttentionCall& c, const float* weights, const typen
     add_columns<E, rows, 1>(weights, base, places, due, j, c.value_dim - j, acc + j, stride, keep);
 }
 
-// Rows of one KV head and what has been accumulated for them.
-struct FewRows {
-  float* query;  // [rows, padded head_dim], scaled
-  float* acc;    // [rows, padded value_dim]
-  float* sums;   // [rows, 16]
-  float* top;    // [rows]
-};
-
 // Calls f with a constant: how many of the `left` rows to take together.
 template <int n> struct Count {
   static constexpr int value = n;
@@ -136,48 +130,61 @@ template <class F> static inline int64_t take_rows(int64_t left, F f) {
   return f(Count<1>{}), 1;
 }
 
-// One block of keys against the rows of one KV head.
+template <class E> static const typename E::type* keys_of(const AttentionCall& c, int64_t kv_head) {
+  return E::at(reinterpret_cast<const typename E::type*>(c.keys), kv_head * c.key_strides.head);
+}
+template <class E> static const typename E::type* values_of(const AttentionCall& c, int64_t kv_head) {
+  return E::at(reinterpret_cast<const typename E::type*>(c.values), kv_head * c.value_strides.head);
+}
+
+// One block of keys against the rows of one KV head. `factors`: 2 x 64 floats of scratch.
 template <class E>
 static void attend_block(const AttentionCall& c, const AttentionWork& w, int64_t kv_head, int64_t begin, const Places& places,
-                         const Due<E>& later, const FewRows& f, float* scores, float* keep) {
-  int64_t rows = (w.token_end - w.token_begin) * c.group;
-  const auto* keys = reinterpret_cast<const typename E::type*>(c.key_pages) + kv_head * c.head_dim;
-  const auto* values = reinterpret_cast<const typename E::type*>(c.value_pages) + kv_head * c.value_dim;
+                         const Due<E>& later, const float* query, const Gathered& g, float* scores, float* keep, float* factors) {
+  int64_t rows = num_rows(c, w);
+  const auto *keys = keys_of<E>(c, kv_head), *values = values_of<E>(c, kv_head);
   const Due<E> own{keys, values, &places};  // for rows after the first four
   for (int64_t r = 0; r < rows;)
     r += take_rows(rows - r, [&](auto n) {
-      const float* query = f.query + r * padded_lanes(c.head_dim);
-      score_rows<E, decltype(n)::value>(c, query, keys, places, r ? own : later, scores + r * kKeyBlock);
+      score_rows<E, decltype(n)::value>(c, query + r * padded_lanes(c.head_dim), keys, places, r ? own : later, scores + r * kKeyBlock);
     });
-  if (c.softcap > 0) cap_scores(scores, rows * kKeyBlock, c.softcap);
-  if (places.count < kKeyBlock || w.query_len > 1)
-    for (int64_t r = 0; r < rows; ++r) {
-      int64_t last = last_key(w, w.token_begin + r / c.group);
-      hide_outside(scores + r * kKeyBlock, first_key(c, last) - begin, lesser(last + 1 - begin, places.count));
-    }
-  soften(scores, rows, f.top, f.sums, keep);
+  bool key_scales = E::scaled && c.key_scales, value_scales = E::scaled && c.value_scales;
+  if (key_scales) load_scales(c.key_scales, places.key_scale, places.count, kv_head * c.key_scale_strides.head, factors);
+  if (value_scales) load_scales(c.value_scales, places.value_scale, places.count, kv_head * c.value_scale_strides.head, factors + kKeyBlock);
+  bool adjusted = places.count < kKeyBlock || w.query_len > 1 || w.first_keys || w.mask || w.alibi || c.softcap > 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    if (key_scales) multiply_by(scores + r * kKeyBlock, factors, kKeyBlock);
+    int64_t token = w.token_begin + r / c.group, head = kv_head * c.group + r % c.group;
+    if (adjusted) adjust_scores(c, w, token, head, begin, begin, begin + places.count, scores + r * kKeyBlock);
+  }
+  soften(scores, rows, g.top, g.sums, keep);
+  for (int64_t r = 0; value_scales && r < rows; ++r) multiply_by(scores + r * kKeyBlock, factors + kKeyBlock, kKeyBlock);
   for (int64_t r = 0; r < rows;)
     r += take_rows(rows - r, [&](auto n) {
-      float* acc = f.acc + r * padded_lanes(c.value_dim);
+      float* acc = g.acc + r * padded_lanes(c.value_dim);
       add_values<E, decltype(n)::value>(c, scores + r * kKeyBlock, values, places, r ? own : later, acc, keep + r);
     });
 }
 
 // The buffers of a work item, carved out of its scratch (few_scratch_floats).
 struct FewScratch {
-  float *query, *acc, *sums, *top, *scores, *keep;
+  float *query, *acc, *sums, *top, *whole, *scores, *keep, *factors;
+  int64_t heads, rows;
 
-  FewScratch(const AttentionCall& c, float* memory, int64_t heads, int64_t rows) {
-    query = memory;
+  FewScratch(const AttentionCall& c, const AttentionWork& w) : heads(w.head_end - w.head_begin), rows(num_rows(c, w)) {
+    query = w.scratch;
     acc = query + heads * rows * padded_lanes(c.head_dim);
     sums = acc + heads * rows * padded_lanes(c.value_dim);
-    top = sums + heads * rows * kLanes;
+    whole = sums + heads * rows * kLanes;
+    top = whole + heads * rows * partial_stride(c);
     scores = top + heads * padded_lanes(rows);
     keep = scores + rows * kKeyBlock;
+    factors = keep + padded_lanes(rows);
   }
-  FewRows of_head(const AttentionCall& c, int64_t head, int64_t rows) const {
-    return {query + head * rows * padded_lanes(c.head_dim), acc + head * rows * padded_lanes(c.value_dim),
-            sums + head * rows * kLanes, top + head * padded_lanes(rows)};
+  float* query_of(const AttentionCall& c, int64_t head) const { return query + head * rows * padded_lanes(c.head_dim); }
+  Gathered of_head(const AttentionCall& c, int64_t head) const {
+    return {acc + head * rows * padded_lanes(c.value_dim), sums + head * rows * kLanes, top + head * padded_lanes(rows),
+            whole + head * rows * partial_stride(c)};
   }
 };
 
@@ -189,79 +196,67 @@ template <class E> static int64_t due_heads(const AttentionCall& c, int64_t head
 // The KV head that is due kDueBytes after number `head` of the item: of this block, or of the next one.
 template <class E>
 static Due<E> due_after(const AttentionCall& c, const AttentionWork& w, int64_t head, const Places* now, const Places* next) {
-  using T = typename E::type;
   int64_t heads = w.head_end - w.head_begin, due = head + due_heads<E>(c, heads);
   int64_t kv_head = w.head_begin + (due < heads ? due : due - heads);
-  return {reinterpret_cast<const T*>(c.key_pages) + kv_head * c.head_dim,
-          reinterpret_cast<const T*>(c.value_pages) + kv_head * c.value_dim, due < heads || !next->count ? now : next};
+  return {keys_of<E>(c, kv_head), values_of<E>(c, kv_head), due < heads || !next->count ? now : next};
 }
 
 // Nothing prefetched what an item begins with. Read in order, as here, it comes several times faster than as it is used.
-template <class E> static void touch(const typename E::type* base, const int64_t* places, int64_t count, int64_t n) {
-  constexpr int64_t line = 64 / sizeof(typename E::type);
+template <class E>
+static void touch(const typename E::type* base, const int64_t* places, int64_t count, int64_t heads, int64_t head_stride, int64_t n) {
+  if (head_stride == n) n *= heads, heads = 1;
   for (int64_t i = 0; i < count; ++i)
-    for (int64_t j = 0; j < n; j += line) static_cast<void>(*static_cast<const volatile typename E::type*>(base + places[i] + j));
+    for (int64_t h = 0; h < heads; ++h) {
+      const volatile char* from = reinterpret_cast<const volatile char*>(E::at(base, places[i] + h * head_stride));
+      for (size_t j = 0; j < items<E>(n) * sizeof(typename E::type); j += 64) static_cast<void>(from[j]);
+    }
 }
 template <class E> static void touch_first(const AttentionCall& c, const AttentionWork& w, const Places& places) {
-  using T = typename E::type;
   int64_t heads = due_heads<E>(c, w.head_end - w.head_begin);
-  touch<E>(reinterpret_cast<const T*>(c.key_pages) + w.head_begin * c.head_dim, places.key, places.count, heads * c.head_dim);
-  touch<E>(reinterpret_cast<const T*>(c.value_pages) + w.head_begin * c.value_dim, places.value, places.count, heads * c.value_dim);
+  touch<E>(keys_of<E>(c, w.head_begin), places.key, places.count, heads, c.key_strides.head, c.head_dim);
+  touch<E>(values_of<E>(c, w.head_begin), places.value, places.count, heads, c.value_strides.head, c.value_dim);
 }
 
-// The rows of every KV head of an item, across the chunks it goes through.
-struct FewItem {
-  const AttentionCall& c;
-  const AttentionWork& w;
-  FewScratch scratch;
-  int64_t heads, rows;
-
-  FewItem(const AttentionCall& call, const AttentionWork& work)
-      : c(call), w(work), scratch(call, work.scratch, work.head_end - work.head_begin,
-                                  (work.token_end - work.token_begin) * call.group),
-        heads(work.head_end - work.head_begin), rows((work.token_end - work.token_begin) * call.group) {
-    for (int64_t h = 0; h < heads; ++h) load_queries(c, w, w.head_begin + h, of_head(h).query);
-  }
-  FewRows of_head(int64_t h) const { return scratch.of_head(c, h, rows); }
-  void begin_chunk() const {
-    for (int64_t h = 0; h < heads; ++h) clear_rows(rows, padded_lanes(c.value_dim), of_head(h).acc, of_head(h).top, of_head(h).sums);
-  }
-  void finish_chunk(int64_t number) const {
-    float* partial = w.partial ? w.partial + number * w.partial_step : nullptr;
-    for (int64_t h = 0; h < heads; ++h)
-      finish_rows(c, w, w.head_begin + h, of_head(h).acc, of_head(h).top, of_head(h).sums, partial);
-  }
-};
-
-template <class E> static void attend_chunks(const AttentionCall& c, const AttentionWork& w) {
-  FewItem item(c, w);
-  item.begin_chunk();
-  if (w.key_begin >= w.key_end) return item.finish_chunk(0);
+// Blocks of keys in order, each against every KV head of the item. `block(head, begin, places, due)` is one of them.
+template <class E, class Block, class Finish>
+static void walk_blocks(const AttentionCall& c, const AttentionWork& w, Block block, Finish finish) {
+  if (w.key_begin >= w.key_end) return finish(0, true);
   Places places[2], *now = &places[0], *next = &places[1];
   auto block_end = [&](int64_t begin) { return lesser((begin / kKeyBlock + 1) * kKeyBlock, w.key_end); };
-  find_places(c, w.pages, w.key_begin, block_end(w.key_begin), *now);
+  find_places(c, w, w.key_begin, block_end(w.key_begin), *now);
   touch_first<E>(c, w, *now);
   int64_t chunk = 0;
   for (int64_t begin = w.key_begin, end; begin < w.key_end; begin = end) {
     end = block_end(begin);
     next->count = 0;
-    if (end < w.key_end) find_places(c, w.pages, end, block_end(end), *next);
-    for (int64_t h = 0; h < item.heads; ++h) {
-      Due<E> due = due_after<E>(c, w, h, now, next);
-      attend_block<E>(c, w, w.head_begin + h, begin, *now, due, item.of_head(h), item.scratch.scores, item.scratch.keep);
-    }
-    if (end == w.key_end || end % w.chunk_len == 0) {
-      item.finish_chunk(chunk++);
-      item.begin_chunk();
-    }
+    if (end < w.key_end) find_places(c, w, end, block_end(end), *next);
+    for (int64_t h = 0; h < w.head_end - w.head_begin; ++h) block(h, begin, *now, due_after<E>(c, w, h, now, next));
+    if (ends_chunk(w, end)) finish(chunk++, end == w.key_end);
     Places* done = now;
     now = next;
     next = done;
   }
 }
 
+template <class E> static void attend_chunks(const AttentionCall& c, const AttentionWork& w) {
+  FewScratch s(c, w);
+  for (int64_t h = 0; h < s.heads; ++h) {
+    load_queries(c, w, w.head_begin + h, s.query_of(c, h));
+    begin_chunk(c, s.rows, s.of_head(c, h));
+  }
+  auto block = [&](int64_t h, int64_t begin, const Places& now, const Due<E>& due) {
+    attend_block<E>(c, w, w.head_begin + h, begin, now, due, s.query_of(c, h), s.of_head(c, h), s.scores, s.keep, s.factors);
+  };
+  walk_blocks<E>(c, w, block, [&](int64_t chunk, bool last) {
+    for (int64_t h = 0; h < s.heads; ++h) {
+      finish_chunk(c, w, w.head_begin + h, s.of_head(c, h), chunk, last);
+      if (!last) begin_chunk(c, s.rows, s.of_head(c, h));
+    }
+  });
+}
+
 static void attend_few(const AttentionCall& c, const AttentionWork& w) {
-  with_element(c.kv_type, [&](auto element) { attend_chunks<decltype(element)>(c, w); });
+  with_cached(c.kv_type, [&](auto element) { attend_chunks<decltype(element)>(c, w); });
 }
 
 }  // namespace HEADRACE_ISA

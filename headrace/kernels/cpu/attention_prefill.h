@@ -1,10 +1,10 @@
-// paged attention, many query rows per KV head (prefill): two matrix products per tile, in registers.
+// attention, many query rows per KV head (prefill): two matrix products per tile, in registers.
 // Wins: more than 16 rows per KV head. Schedule: a work item is up to 192 rows (all heads of the group) of one KV head; it
 // walks its keys 64 at a time: keys transposed and values converted to float once, then 6 rows at a time scores, online
 // softmax, weighted values, as sums of outer products (6 x 64 in 24 registers with AVX-512, 6 x 16 in 12 pairs with AVX2).
 // Blocks nobody sees are skipped, columns nobody of the 6 sees too. Bound: fp32 multiply-adds.
-// NOTE: a row's bits depend on its keys only, not on the rows beside it: blocks begin at multiples of 64 and hidden keys
-// add exact zeros. So any chunking of a prompt gives the same result.
+// NOTE: a row's bits depend on its keys only, not on the rows beside it: blocks begin at multiples of 64, hidden keys add
+// exact zeros, and chunks are folded as a merge would. So any chunking of a prompt gives the same result.
 #pragma once
 #include "attention_decode.h"
 
@@ -66,12 +66,14 @@ static void multiply_rows(int64_t rows, const Product& p, int64_t columns) {
 
 // Sixteen keys, dimension by dimension: to[dim * 64 + key]. Keys without a place are zero.
 template <class E>
-static void load_keys(const AttentionCall& c, const typename E::type* base, const Places& places, int64_t first, float* to) {
+static void load_keys(const AttentionCall& c, const typename E::type* base, const Places& places, int64_t first,
+                      const float* scales, float* to) {
   for (int64_t j = 0; j < c.head_dim; j += kLanes) {
     Floats square[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       int64_t at = first + i;
-      square[i] = at >= 0 && at < places.count ? load_first<E>(base + places.key[at] + j, c.head_dim - j) : zero();
+      square[i] = at >= 0 && at < places.count ? load_first<E>(E::at(base, places.key[at] + j), c.head_dim - j) : zero();
+      if (E::scaled && scales && at >= 0 && at < places.count) square[i] = mul(square[i], broadcast(scales[at]));
     }
     transpose(square);
     for (int i = 0; i < kLanes; ++i) store(to + (j + i) * kKeyBlock, square[i]);
@@ -79,23 +81,33 @@ static void load_keys(const AttentionCall& c, const typename E::type* base, cons
 }
 
 template <class E>
-static void load_value(const AttentionCall& c, const typename E::type* from, float* to) {
-  for (int64_t j = 0; j < c.value_dim; j += kLanes) store(to + j, load_first<E>(from + j, c.value_dim - j));
+static void load_value(const AttentionCall& c, const typename E::type* from, const float* scale, float* to) {
+  for (int64_t j = 0; j < c.value_dim; j += kLanes) {
+    Floats x = load_first<E>(E::at(from, j), c.value_dim - j);
+    store(to + j, E::scaled && scale ? mul(x, broadcast(*scale)) : x);
+  }
 }
 
 // The buffers of a work item (tile_scratch_floats).
 struct Tile64 {
-  float *query, *keys, *values, *acc, *sums, *top, *scores, *keep;
+  float *query, *keys, *values, *scores, *keep, *factors;
+  Gathered rows;
 
-  Tile64(const AttentionCall& c, float* memory, int64_t rows) {
-    query = memory;
-    keys = query + rows * padded_lanes(c.head_dim);
+  Tile64(const AttentionCall& c, const AttentionWork& w) {
+    int64_t n = num_rows(c, w);
+    query = w.scratch;
+    keys = query + n * padded_lanes(c.head_dim);
     values = keys + kKeyBlock * padded_lanes(c.head_dim);
-    acc = values + kKeyBlock * padded_lanes(c.value_dim);
-    sums = acc + rows * padded_lanes(c.value_dim);
-    scores = sums + rows * kLanes;
+    rows.acc = values + kKeyBlock * padded_lanes(c.value_dim);
+    rows.sums = rows.acc + n * padded_lanes(c.value_dim);
+    rows.whole = rows.sums + n * kLanes;
+    scores = rows.whole + n * partial_stride(c);
     keep = scores + kRowStep * kKeyBlock;
-    top = keep + kLanes;
+    factors = keep + kLanes;
+    rows.top = factors + 2 * kKeyBlock;
+  }
+  Gathered from(const AttentionCall& c, int64_t row) const {
+    return {rows.acc + row * padded_lanes(c.value_dim), rows.sums + row * kLanes, rows.top + row, nullptr};
   }
 };
 
@@ -103,51 +115,60 @@ struct Tile64 {
 template <class E>
 static void load_block(const AttentionCall& c, const AttentionWork& w, int64_t start, int64_t begin, int64_t end, const Tile64& t) {
   Places places;
-  find_places(c, w.pages, begin, end, places);
-  const auto* keys = reinterpret_cast<const typename E::type*>(c.key_pages) + w.head_begin * c.head_dim;
-  const auto* values = reinterpret_cast<const typename E::type*>(c.value_pages) + w.head_begin * c.value_dim;
+  find_places(c, w, begin, end, places);
+  const auto *keys = keys_of<E>(c, w.head_begin), *values = values_of<E>(c, w.head_begin);
+  float *key_scales = c.key_scales ? t.factors : nullptr, *value_scales = c.value_scales ? t.factors + kKeyBlock : nullptr;
+  if (key_scales) load_scales(c.key_scales, places.key_scale, places.count, w.head_begin * c.key_scale_strides.head, key_scales);
+  if (value_scales) load_scales(c.value_scales, places.value_scale, places.count, w.head_begin * c.value_scale_strides.head, value_scales);
   int64_t skipped = begin - start, width = padded_lanes(c.value_dim);
-  for (int64_t first = 0; first < kKeyBlock; first += kLanes) load_keys<E>(c, keys, places, first - skipped, t.keys + first);
+  for (int64_t first = 0; first < kKeyBlock; first += kLanes)
+    load_keys<E>(c, keys, places, first - skipped, key_scales, t.keys + first);
   memset(t.values, 0, static_cast<size_t>(kKeyBlock * width) * 4);
-  for (int64_t i = 0; i < places.count; ++i) load_value<E>(c, values + places.value[i], t.values + (skipped + i) * width);
+  for (int64_t i = 0; i < places.count; ++i)
+    load_value<E>(c, E::at(values, places.value[i]), value_scales ? value_scales + i : nullptr, t.values + (skipped + i) * width);
 }
 
 // Up to 6 rows against one block of keys.
 static void attend_rows(const AttentionCall& c, const AttentionWork& w, int64_t row, int64_t rows, int64_t start, int64_t begin,
                         int64_t end, const Tile64& t) {
-  int64_t first_last = last_key(w, w.token_begin + row / c.group), last = last_key(w, w.token_begin + (row + rows - 1) / c.group);
-  int64_t from = greater(first_key(c, first_last), begin) - start, to = lesser(last + 1, end) - start;
+  KeyRange seen = keys_seen(c, w, w.token_begin + row / c.group, w.token_begin + (row + rows - 1) / c.group + 1);
+  int64_t from = greater(seen.begin, begin) - start, to = lesser(seen.end, end) - start;
   if (from >= to) return;
   int64_t column = from & ~int64_t{kLanes - 1}, columns = padded_lanes(to) - column;
   int64_t width = padded_lanes(c.value_dim), depth = padded_lanes(c.head_dim);
   multiply_rows(rows, {t.query + row * depth, t.keys + column, t.scores + column, depth, kKeyBlock, kKeyBlock, c.head_dim, nullptr},
                 columns);
-  for (int64_t r = 0; r < rows; ++r) {
-    int64_t own_last = last_key(w, w.token_begin + (row + r) / c.group);
-    int64_t own_first = greater(first_key(c, own_last) - start, begin - start), own_end = lesser(own_last + 1 - start, end - start);
-    if (c.softcap > 0) cap_scores(t.scores + r * kKeyBlock + column, columns, c.softcap);
-    if (own_first > 0 || own_end < kKeyBlock) hide_outside(t.scores + r * kKeyBlock, own_first, own_end);
+  int64_t first_token = w.token_begin + row / c.group, last_token = w.token_begin + (row + rows - 1) / c.group;
+  bool all_seen = !w.first_keys && from == 0 && to == kKeyBlock && first_key(c, w, last_token) <= start &&
+                  last_key(c, w, first_token) >= start + kKeyBlock - 1;
+  bool adjusted = !all_seen || c.softcap > 0 || w.alibi || w.mask;
+  for (int64_t r = row; adjusted && r < row + rows; ++r) {
+    int64_t token = w.token_begin + r / c.group, head = w.head_begin * c.group + r % c.group;
+    adjust_scores(c, w, token, head, start, begin, end, t.scores + (r - row) * kKeyBlock);
   }
-  soften(t.scores, rows, t.top + row, t.sums + row * kLanes, t.keep);
-  multiply_rows(rows, {t.scores + from, t.values + from * width, t.acc + row * width, kKeyBlock, width, width, to - from, t.keep},
-                width);
+  Gathered g = t.from(c, row);
+  soften(t.scores, rows, g.top, g.sums, t.keep);
+  multiply_rows(rows, {t.scores + from, t.values + from * width, g.acc, kKeyBlock, width, width, to - from, t.keep}, width);
 }
 
 template <class E> static void attend_rows_of_head(const AttentionCall& c, const AttentionWork& w) {
-  int64_t rows = (w.token_end - w.token_begin) * c.group;
-  Tile64 t(c, w.scratch, rows);
+  int64_t rows = num_rows(c, w), chunk = 0;
+  Tile64 t(c, w);
   load_queries(c, w, w.head_begin, t.query);
-  clear_rows(rows, padded_lanes(c.value_dim), t.acc, t.top, t.sums);
+  begin_chunk(c, rows, t.rows);
+  if (w.key_begin >= w.key_end) return finish_chunk(c, w, w.head_begin, t.rows, 0, true);
   for (int64_t start = w.key_begin & ~int64_t{kKeyBlock - 1}; start < w.key_end; start += kKeyBlock) {
     int64_t begin = greater(start, w.key_begin), end = lesser(start + kKeyBlock, w.key_end);
     load_block<E>(c, w, start, begin, end, t);
     for (int64_t r = 0; r < rows; r += kRowStep) attend_rows(c, w, r, lesser(kRowStep, rows - r), start, begin, end, t);
+    if (!ends_chunk(w, end)) continue;
+    finish_chunk(c, w, w.head_begin, t.rows, chunk++, end == w.key_end);
+    if (end < w.key_end) begin_chunk(c, rows, t.rows);
   }
-  finish_rows(c, w, w.head_begin, t.acc, t.top, t.sums, nullptr);
 }
 
 static void attend_tile(const AttentionCall& c, const AttentionWork& w) {
-  with_element(c.kv_type, [&](auto element) { attend_rows_of_head<decltype(element)>(c, w); });
+  with_cached(c.kv_type, [&](auto element) { attend_rows_of_head<decltype(element)>(c, w); });
 }
 
 }  // namespace HEADRACE_ISA

@@ -15,23 +15,27 @@ using MaybeTensor = std::optional<TensorRef>;
 void bind_attention(nb::module_& m) {
   auto unlocked = nb::call_guard<nb::gil_scoped_release>();
   m.def("rope_table", &submit_rope_table, unlocked);
-  m.def("rope_append", [](Runner& runner, const std::string& isa, TensorRef query_out, TensorRef query, TensorRef key,
-                          TensorRef value, TensorRef key_pages, TensorRef value_pages, TensorRef slots, TensorRef table,
-                          MaybeTensor query_norm, MaybeTensor key_norm, bool interleaved, float eps) {
-    RopeAppendTensors tensors{query_out, query, key, value, key_pages, value_pages, slots, table,
-                              query_norm.value_or(nullptr), key_norm.value_or(nullptr)};
-    submit_rope_append(runner, isa_from_name(isa), std::move(tensors), interleaved, eps);
-  }, nb::arg(), nb::arg(), nb::kw_only(), nb::arg("query_out"), nb::arg("query"), nb::arg("key"), nb::arg("value"),
-     nb::arg("key_pages"), nb::arg("value_pages"), nb::arg("slots"), nb::arg("table"), nb::arg("query_norm").none(),
-     nb::arg("key_norm").none(), nb::arg("interleaved"), nb::arg("eps"), unlocked);
-  m.def("paged_attention", [](Runner& runner, const std::string& isa, TensorRef out, TensorRef query, TensorRef key_pages,
-                              TensorRef value_pages, TensorRef page_table, TensorRef sequence_lens, TensorRef query_starts,
-                              int64_t window_left, float scale, float softcap) {
-    PagedAttentionTensors tensors{out, query, key_pages, value_pages, page_table, sequence_lens, query_starts};
-    submit_paged_attention(runner, isa_from_name(isa), std::move(tensors), window_left, scale, softcap);
-  }, nb::arg(), nb::arg(), nb::kw_only(), nb::arg("out"), nb::arg("query"), nb::arg("key_pages"), nb::arg("value_pages"),
-     nb::arg("page_table"), nb::arg("sequence_lens"), nb::arg("query_starts"), nb::arg("window_left"), nb::arg("scale"),
-     nb::arg("softcap"), unlocked);
+  m.def("attention", [](Runner& runner, const std::string& isa, TensorRef out, MaybeTensor lse, TensorRef query, TensorRef key,
+                        TensorRef value, MaybeTensor query_starts, MaybeTensor key_starts, MaybeTensor key_lens,
+                        MaybeTensor page_table, MaybeTensor key_scales, MaybeTensor value_scales, MaybeTensor mask,
+                        MaybeTensor sinks, MaybeTensor alibi_slopes, MaybeTensor first_keys, MaybeTensor last_keys,
+                        bool top_left, int64_t window_left, int64_t window_right, double scale, double softcap,
+                        bool batch_invariant, const std::string& arithmetic) {
+    auto maybe = [](MaybeTensor& t) { return t.value_or(nullptr); };
+    AttentionTensors tensors{out, maybe(lse), query, key, value, maybe(query_starts), maybe(key_starts), maybe(key_lens),
+                             maybe(page_table), maybe(key_scales), maybe(value_scales), maybe(mask), maybe(sinks),
+                             maybe(alibi_slopes), maybe(first_keys), maybe(last_keys)};
+    Arithmetic kind = arithmetic == "bf16" ? Arithmetic::bf16 : arithmetic == "fp64" ? Arithmetic::fp64 : Arithmetic::fp32;
+    submit_attention(runner, isa_from_name(isa), tensors,
+                     {top_left, batch_invariant, window_left, window_right, scale, softcap, kind});
+  }, nb::arg(), nb::arg(), nb::kw_only(), nb::arg("out"), nb::arg("lse").none(), nb::arg("query"), nb::arg("key"), nb::arg("value"),
+     nb::arg("query_starts").none() = nb::none(), nb::arg("key_starts").none() = nb::none(),
+     nb::arg("key_lens").none() = nb::none(), nb::arg("page_table").none() = nb::none(),
+     nb::arg("key_scales").none() = nb::none(), nb::arg("value_scales").none() = nb::none(), nb::arg("mask").none() = nb::none(),
+     nb::arg("sinks").none() = nb::none(), nb::arg("alibi_slopes").none() = nb::none(),
+     nb::arg("first_keys").none() = nb::none(), nb::arg("last_keys").none() = nb::none(), nb::arg("top_left"),
+     nb::arg("window_left"), nb::arg("window_right"), nb::arg("scale"), nb::arg("softcap"), nb::arg("batch_invariant"),
+     nb::arg("arithmetic"), unlocked);
 }
 
 }  // namespace headrace

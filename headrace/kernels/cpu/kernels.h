@@ -2,11 +2,11 @@
 #pragma once
 #include <cstdint>
 
+#include "append_work.h"
 #include "attention_work.h"
 #include "isa.h"
 #include "merge_work.h"
 #include "products_work.h"
-#include "rope_work.h"
 #include "tensor.h"
 #include "weight.h"
 
@@ -72,15 +72,19 @@ struct Kernels {
   Peak (*find_peak)(const float* x, int64_t n);
   void (*weigh)(const float* x, int64_t n, float peak, float temperature, float* weights, double* block_sums);
   void (*keep_heavy)(const float* x, int64_t n, float lowest, float lightest, float* weights, double* block_sums);
-  // rope and attention (rope.h, attention_decode.h, attention_prefill.h)
-  void (*rotate_heads)(const RotateArgs& args);
+  // pages and attention (append.h, attention_decode.h, attention_prefill.h)
+  bool (*append_heads)(const AppendArgs& args);
   void (*convert_row)(const float* x, void* y, DType type, int64_t n);
   void (*attend_few)(const AttentionCall& call, const AttentionWork& work);
   void (*attend_tile)(const AttentionCall& call, const AttentionWork& work);
-  void (*merge_attention)(const AttentionCall& call, const AttentionMerge& merge, float* scratch);
+  void (*attend_double)(const AttentionCall& call, const AttentionWork& work);
+  void (*merge_pieces)(const AttentionCall& call, const AttentionWork& work, const AttentionMerge& merge);
   void (*merge_parts)(const MergeArgs& args);
   // Present where there are products of bf16:
   void (*product_bf16)(const ProductProbe& probe) = nullptr;  // for tests
+  // Present where there are products of bf16 pairs:
+  void (*attend_few_bf16)(const AttentionCall& call, const AttentionWork& work) = nullptr;
+  void (*attend_tile_bf16)(const AttentionCall& call, const AttentionWork& work) = nullptr;
   // Present where there are tiles:
   void (*split_row)(const float* x, int64_t n, uint16_t* high, uint16_t* low) = nullptr;
   void (*pack_tiles)(const float* panel, int64_t cols, uint16_t* high, uint16_t* low) = nullptr;

@@ -1,5 +1,7 @@
 // Included last by each instruction set's translation unit: the table of what was compiled there.
 #pragma once
+#include "append.h"
+#include "attention_double.h"
 #include "attention_prefill.h"
 #include "kernels.h"
 #include "linear.h"
@@ -7,7 +9,6 @@
 #include "norm.h"
 #include "sampling.h"
 #include "roof.h"
-#include "rope.h"
 
 namespace headrace {
 namespace HEADRACE_ISA {
@@ -16,7 +17,7 @@ static const Kernels kTable = {
     rms_norm, quantize_row, quantize_twice, tile, unpack_panel, finish_row, widen_row, silu_gate,
     read_bytes, multiply_floats, multiply_bytes,
     find_peak, weigh, keep_heavy,
-    rotate_heads, convert_row, attend_few, attend_tile, merge_attention,
+    append_heads, convert_row, attend_few, attend_tile, attend_double, merge_pieces,
     merge_parts,
 };
 

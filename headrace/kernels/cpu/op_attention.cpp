@@ -1,269 +1,462 @@
-// paged attention as an op. Phase 0: every request's work, cut into items; phase 1: requests whose keys were cut are merged.
-// How a request is cut follows from its own lengths alone, so its result does not depend on threads or neighbours; only how
-// many pieces and heads make an item follows from the threads.
+// attention as an op. Phase 0: the work is divided (schedule.h); 1: every interval's segments; 2: split items are merged.
+// An item is one request, one KV head (or all of them, where keys are many and rows few) and one tile of its tokens; its
+// units are blocks of keys. Batch-invariant: one kernel, units are chunks of fixed length, each folded or merged in order,
+// so that how the work is divided cannot be seen in the bits.
 #include <algorithm>
-#include <atomic>
 
 #include "ops.h"
+#include "schedule.h"
 
 namespace headrace {
 namespace {
 
-constexpr int64_t kFewRows = 16;         // query rows per KV head that the decode kernel takes
-constexpr int64_t kLeastChunk = 128;     // keys
-constexpr int64_t kLeastTile = 48;       // query rows
-constexpr int64_t kLargestTile = 192;
-constexpr int64_t kPartsPerThread = 4;   // below that, KV heads are parted
-constexpr int64_t kItemsPerThread = 2;   // above that, pieces are joined: an item begins cold
+constexpr int64_t kFewRows = 16;  // query rows per KV head that the decode kernel takes
+constexpr int64_t kLeastTile = 48, kLargestTile = 192;  // query rows
+constexpr int64_t kLeastChunk = 512, kLargestChunk = 4096;  // keys, batch-invariant
+constexpr int64_t kTogetherBlocks = 4;  // blocks of keys per worker above which KV heads stay together
+constexpr int64_t kMostWorkspace = int64_t{64} << 20;
+
+// Costs in rows x blocks of keys.
+constexpr int64_t kSegmentCost = 12, kMergeCost = 6, kLeastSegment = 6;
+constexpr int64_t kMemoryRows = 6;  // few rows cost what reading the block does
+constexpr int64_t kLoadRows = 10;   // a tile's block is transposed and widened first
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How one request is computed. `few`: pieces are chunks of its keys; otherwise tiles of its tokens.
-struct Cut {
+std::string text(int64_t n) { return std::to_string(n); }
+
+// What is asked of one request, and where its rows begin.
+struct Asked {
   int64_t first_row, query_len, key_len;
-  int64_t pieces, first_piece, piece_len;
-  bool few, valid;
 };
 
-class PagedAttention : public Op {
- public:
-  PagedAttention(Runner& runner, const Kernels& kernels, PagedAttentionTensors t, int64_t window_left, float scale, float softcap)
-      : Op("paged_attention"), kernels_(kernels), t_(std::move(t)), window_left_(window_left), scale_(scale), softcap_(softcap) {
-    for (const auto& tensor : {t_.query, t_.key_pages, t_.value_pages, t_.page_table, t_.sequence_lens, t_.query_starts}) in(tensor);
-    out(t_.out);
-    group_ = t_.query->shape[1] / t_.key_pages->shape[2];
-    int64_t longest = t_.page_table->shape[1] * t_.key_pages->shape[1];
-    int64_t chunks = std::min<int64_t>(kMaxChunks, divide_up(longest, kLeastChunk) + 1);
-    int64_t rows = chunks * t_.key_pages->shape[2] * std::max(kFewRows, group_);
-    partial_ = out(runner.buffer(DType::f32, t_.sequence_lens->rows_kind, {t_.sequence_lens->shape[0], rows * partial_stride(call())}));
-  }
-  int phases() const override { return 2; }
+struct Item {
+  int64_t request, head_begin, head_end, token_begin, token_end;
+  int64_t key_begin, key_end, first_unit;
+  bool few;
+};
 
-  int64_t chunks(int phase, const Sizes& sizes, int num_threads) const override {
-    int64_t requests = t_.sequence_lens->rows(sizes), tokens = t_.query->rows(sizes);
-    if (phase == 1) return any_cut(requests, tokens) ? requests * kv_heads() : 0;
-    set_item_size(requests, tokens, num_threads);
-    int64_t items = 0;
-    for (int64_t r = 0; r < requests; ++r) items += items_of(cut_request(r, tokens));
-    return std::max<int64_t>(items, requests + tokens > 0);
+class Attention : public Op {
+ public:
+  Attention(const Kernels& kernels, const AttentionTensors& t, const AttentionOptions& options, const char* name)
+      : Op(name), kernels_(kernels), t_(t), o_(options) {
+    for (const auto& tensor : {t.query, t.key, t.value, t.query_starts, t.key_starts, t.key_lens, t.page_table, t.key_scales,
+                               t.value_scales, t.mask, t.sinks, t.alibi_slopes, t.first_keys, t.last_keys})
+      if (tensor) in(tensor);
+    out(t_.out);
+    if (t_.lse) out(t_.lse);
+    dense_ = t.query->shape.size() == 4;
+  }
+  int phases() const override { return 3; }
+
+  int64_t chunks(int phase, const Sizes& sizes, int) const override {
+    if (phase == 0) return t_.query->rows(sizes) + requests(sizes) > 0;
+    return phase == 1 ? intervals_ : merge_rows_;
   }
 
   void run(int phase, int64_t chunk, Worker& worker, const Sizes& sizes) override {
-    int64_t requests = t_.sequence_lens->rows(sizes), tokens = t_.query->rows(sizes);
-    if (phase == 1) return merge(chunk / kv_heads(), chunk % kv_heads(), tokens, worker);
-    if (chunk == 0) check_starts(requests, tokens);
-    for (int64_t r = 0; r < requests; ++r) {
-      Cut cut = cut_request(r, tokens);
-      int64_t items = items_of(cut);
-      if (chunk < items) return attend(r, cut, items - 1 - chunk, worker);
-      chunk -= items;
-    }
+    if (phase == 0) return divide(sizes, worker);
+    if (phase == 1) return attend_interval(chunk, worker);
+    merge(chunk, worker);
   }
 
  private:
-  int64_t kv_heads() const { return t_.key_pages->shape[2]; }
-  int64_t page_size() const { return t_.key_pages->shape[1]; }
-  int32_t start_of(int64_t r) const { return *t_.query_starts->row_as<int32_t>(r); }
-  int32_t length_of(int64_t r) const { return *t_.sequence_lens->row_as<int32_t>(r); }
+  const Tensor& key() const { return *t_.key; }
+  int64_t kv_heads() const { return key().shape[key().shape.size() - 2]; }
+  int64_t heads() const { return t_.query->shape[t_.query->shape.size() - 2]; }
+  int64_t group() const { return heads() / kv_heads(); }
+  int64_t requests(const Sizes& sizes) const { return dense_ ? t_.query->shape[0] : t_.key_lens->rows(sizes); }
+  int64_t key_limit() const { return t_.page_table ? t_.page_table->shape[1] * key().shape[1] : dense_ ? key().shape[1] : key().shape[0]; }
+  const char* lens_name() const { return t_.page_table ? "sequence_lens" : "key_lens"; }
+  static int64_t int_at(const TensorRef& t, int64_t i) { return *t->row_as<int32_t>(i); }
 
-  // NOTE: lengths are not checked yet here; nonsense becomes one item, whose run() says so.
-  Cut cut_request(int64_t r, int64_t tokens) const {
-    int64_t begin = start_of(r), end = start_of(r + 1);
-    Cut cut{begin, end - begin, length_of(r), 1, 0, 1, true, true};
-    cut.valid = begin >= 0 && end >= begin && end <= tokens && cut.key_len >= 0 && cut.key_len <= t_.page_table->shape[1] * page_size();
-    if (!cut.valid) return cut;
-    int64_t rows = cut.query_len * group_;
-    cut.few = cut.query_len <= 1 || rows <= kFewRows;
-    if (cut.query_len == 0) {
-      cut.pieces = 0;
-    } else if (cut.few) {
-      int64_t lowest = first_key_of(cut.key_len - cut.query_len), span = cut.key_len - lowest;
-      cut.piece_len = std::max(kLeastChunk, divide_up(span, 32 * kLeastChunk) * kLeastChunk);
-      cut.first_piece = lowest / cut.piece_len;
-      cut.pieces = std::max<int64_t>(1, divide_up(cut.key_len, cut.piece_len) - cut.first_piece);
-    } else {
-      int64_t tile = std::min(std::max(rows / 8, kLeastTile), kLargestTile);
-      cut.piece_len = std::max<int64_t>(1, tile / group_);
-      cut.pieces = divide_up(cut.query_len, cut.piece_len);
-    }
-    return cut;
-  }
-  int64_t first_key_of(int64_t last) const { return window_left_ < 0 || last < window_left_ ? 0 : last - window_left_; }
+  [[noreturn]] void refuse(const std::string& what) const { throw std::invalid_argument(std::string(name()) + ": " + what); }
 
-  // Of requests with few rows: heads are parted when there are too few pieces, pieces are joined when there are too many.
-  // NOTE: every thread computes and stores the same two numbers.
-  void set_item_size(int64_t requests, int64_t tokens, int64_t num_threads) const {
-    int64_t pieces = 0, keys = 0;
-    for (int64_t r = 0; r < requests; ++r) {
-      Cut cut = cut_request(r, tokens);
-      pieces += cut.few ? cut.pieces : cut.pieces * kv_heads();
-      keys += cut.few ? cut.pieces * cut.piece_len : 0;
-    }
-    int64_t parts = std::min(divide_up(kPartsPerThread * num_threads, std::max<int64_t>(pieces, 1)), kv_heads());
-    heads_per_item_.store(divide_up(kv_heads(), parts), std::memory_order_relaxed);
-    int64_t wanted = requests == 1 ? num_threads : kItemsPerThread * num_threads;
-    keys_per_item_.store(divide_up(keys, wanted), std::memory_order_relaxed);
-  }
-  int64_t heads_per_item() const { return heads_per_item_.load(std::memory_order_relaxed); }
-  int64_t pieces_per_item(const Cut& cut) const {
-    return cut.few ? std::max<int64_t>(1, keys_per_item_.load(std::memory_order_relaxed) / cut.piece_len) : 1;
-  }
-  int64_t head_parts(const Cut& cut) const { return cut.few ? divide_up(kv_heads(), heads_per_item()) : kv_heads(); }
-  int64_t items_of(const Cut& cut) const {
-    return cut.valid ? divide_up(cut.pieces, pieces_per_item(cut)) * head_parts(cut) : 1;
-  }
-  bool any_cut(int64_t requests, int64_t tokens) const {
-    for (int64_t r = 0; r < requests; ++r) {
-      Cut cut = cut_request(r, tokens);
-      if (cut.few && cut.pieces > 1) return true;
-    }
-    return false;
+  Asked asked_of(int64_t r) const {
+    int64_t begin = dense_ ? 0 : int_at(t_.query_starts, r), end = dense_ ? t_.query->shape[1] : int_at(t_.query_starts, r + 1);
+    return {begin, end - begin, t_.key_lens ? int_at(t_.key_lens, r) : key_limit()};
   }
 
   void check_starts(int64_t requests, int64_t tokens) const {
-    if (start_of(0) != 0 || start_of(requests) != tokens)
-      throw std::invalid_argument("paged_attention: query_starts: expected to begin with 0 and end with the number of tokens, " +
-                                  std::to_string(tokens) + ", got " + std::to_string(start_of(0)) + " and " +
-                                  std::to_string(start_of(requests)));
+    if (dense_) return;
+    int64_t first = int_at(t_.query_starts, 0), last = int_at(t_.query_starts, requests);
+    if (first != 0 || last != tokens)
+      refuse("query_starts: expected to begin with 0 and end with the number of tokens, " + text(tokens) + ", got " + text(first) +
+             " and " + text(last));
   }
 
-  void check_request(int64_t r, const Cut& cut) const {
-    if (cut.valid) return;
-    if (cut.key_len < 0 || cut.key_len > t_.page_table->shape[1] * page_size())
-      throw std::invalid_argument("paged_attention: sequence_lens: expected 0 to " +
-                                  std::to_string(t_.page_table->shape[1] * page_size()) + " (all pages of a row), got " +
-                                  std::to_string(cut.key_len) + " for request " + std::to_string(r));
-    throw std::invalid_argument("paged_attention: query_starts: expected whole numbers that never fall, up to the number of tokens, got " +
-                                std::to_string(cut.first_row) + " and " + std::to_string(cut.first_row + cut.query_len) +
-                                " for request " + std::to_string(r));
+  void check_request(int64_t r, const Asked& a, int64_t tokens) const {
+    if (a.first_row < 0 || a.query_len < 0 || (!dense_ && a.first_row + a.query_len > tokens))
+      refuse("query_starts: expected whole numbers that never fall, up to the number of tokens, got " + text(a.first_row) + " and " +
+             text(a.first_row + a.query_len) + " for request " + text(r));
+    if (a.key_len < 0 || a.key_len > key_limit())
+      refuse(std::string(lens_name()) + ": expected 0 to " + text(key_limit()) + (t_.page_table ? " (all pages of a row)" : "") +
+             ", got " + text(a.key_len) + " for request " + text(r));
+    if (!t_.key_starts) return;
+    int64_t start = int_at(t_.key_starts, r);
+    if (start < 0 || start + a.key_len > key_limit())
+      refuse("key_starts: expected whole numbers that never fall, up to the number of keys, " + text(key_limit()) + ", got " +
+             text(start) + " and " + text(start + a.key_len) + " for request " + text(r));
   }
 
   void check_pages(int64_t r, const AttentionWork& w) const {
-    if (w.key_begin >= w.key_end) return;
-    int64_t pages = t_.key_pages->shape[0];
-    for (int64_t i = w.key_begin / page_size(); i <= (w.key_end - 1) / page_size(); ++i)
+    if (!w.pages || w.key_begin >= w.key_end) return;
+    int64_t pages = key().shape[0], page_size = key().shape[1];
+    for (int64_t i = w.key_begin / page_size; i <= (w.key_end - 1) / page_size; ++i)
       if (w.pages[i] < 0 || w.pages[i] >= pages)
-        throw std::invalid_argument("paged_attention: page_table: expected 0 to " + std::to_string(pages - 1) + " within the sequence, got " +
-                                    std::to_string(w.pages[i]) + " at [" + std::to_string(r) + ", " + std::to_string(i) + "]");
+        refuse("page_table: expected 0 to " + text(pages - 1) + " within the sequence, got " + text(w.pages[i]) + " at [" + text(r) +
+               ", " + text(i) + "]");
   }
+
+  static CacheStrides cache_strides(const Tensor& t, int64_t rank, int64_t codes) {
+    const auto& s = t.strides;
+    auto of = [&](size_t i) { return t.shape[i] == 1 ? 0 : s[i] * codes; };
+    return rank == 4 ? CacheStrides{of(0), of(1), of(2)} : CacheStrides{0, of(0), of(1)};
+  }
+  static RowStrides row_strides(const Tensor& t, size_t token) { return {t.strides[token], t.strides[token + 1]}; }
 
   AttentionCall call() const {
     AttentionCall c{};
-    c.query = t_.query->data;
-    c.out = t_.out->data;
-    c.key_pages = t_.key_pages->data;
-    c.value_pages = t_.value_pages->data;
-    c.query_stride = t_.query->row_stride();
-    c.out_stride = t_.out->row_stride();
-    c.key_page_stride = t_.key_pages->row_stride();
-    c.value_page_stride = t_.value_pages->row_stride();
-    c.heads = t_.query->shape[1];
+    int64_t rank = static_cast<int64_t>(key().shape.size()), codes = key().dtype == DType::u8 ? 2 : 1;
+    size_t token = dense_ ? 1 : 0;
+    c.keys = key().data;
+    c.values = t_.value->data;
+    c.key_strides = cache_strides(key(), rank, codes);
+    c.value_strides = cache_strides(*t_.value, rank, codes);
+    if (t_.key_scales) c.key_scales = t_.key_scales->at<float>(), c.key_scale_strides = cache_strides(*t_.key_scales, rank, 1);
+    if (t_.value_scales) c.value_scales = t_.value_scales->at<float>(), c.value_scale_strides = cache_strides(*t_.value_scales, rank, 1);
+    if (t_.sinks) c.sinks = t_.sinks->at<float>();
+    c.query_strides = row_strides(*t_.query, token);
+    c.out_strides = row_strides(*t_.out, token);
+    if (t_.lse) c.lse_strides = row_strides(*t_.lse, token);
+    if (t_.mask) set_mask(c);
+    c.heads = heads();
     c.kv_heads = kv_heads();
-    c.group = group_;
-    c.head_dim = t_.query->shape[2];
-    c.value_dim = t_.value_pages->shape[3];
-    c.page_size = page_size();
-    c.window_left = window_left_;
-    c.scale = scale_;
-    c.softcap = softcap_;
+    c.group = group();
+    c.head_dim = t_.query->shape.back();
+    c.value_dim = t_.out->shape.back();
+    c.page_size = t_.page_table ? key().shape[1] : 1;
+    c.window_left = o_.window_left;
+    c.window_right = o_.window_right;
+    c.scale = o_.scale;
+    c.softcap = o_.softcap;
     c.query_type = t_.query->dtype;
-    c.kv_type = t_.key_pages->dtype;
+    c.kv_type = key().dtype == DType::u8 ? DType::i4 : key().dtype;
     c.out_type = t_.out->dtype;
+    c.top_left = o_.top_left;
     return c;
   }
 
-  // Items of a request: tiles of tokens from its end (the ones with most keys first), or chunks of keys.
-  void attend(int64_t r, const Cut& cut, int64_t item, Worker& worker) {
-    check_request(r, cut);
-    AttentionCall c = call();
-    int64_t parts = head_parts(cut), together = pieces_per_item(cut), piece = item / parts * together, part = item % parts;
-    int64_t heads = cut.few ? heads_per_item() : 1;
+  // Dense: [batch, heads, tokens, columns]; else [heads, tokens, columns]. A size of 1 stands for all.
+  void set_mask(AttentionCall& c) const {
+    const Tensor& m = *t_.mask;
+    size_t head = dense_ ? 1 : 0;
+    auto of = [&](size_t i) { return m.shape[i] == 1 ? 0 : m.strides[i]; };
+    c.mask_strides = {of(head + 1), of(head)};
+    c.mask_columns = m.shape[head + 2];
+    c.mask_column_stride = m.strides[head + 2];
+    c.mask_type = m.dtype;
+  }
+
+  static const char* at(const TensorRef& t, int64_t elements) { return t ? t->data + elements * t->item_bytes() : nullptr; }
+
+  // Everything of a request but which of its rows and keys.
+  AttentionWork work_of(int64_t r, const Asked& a) const {
     AttentionWork w{};
-    w.pages = t_.page_table->row_as<int32_t>(r);
-    w.first_row = cut.first_row;
-    w.query_len = cut.query_len;
-    w.key_len = cut.key_len;
-    w.head_begin = part * heads;
-    w.head_end = std::min(w.head_begin + heads, kv_heads());
-    w.token_begin = cut.few ? 0 : piece * cut.piece_len;
-    w.token_end = cut.few ? cut.query_len : std::min(w.token_begin + cut.piece_len, cut.query_len);
-    w.key_begin = first_key_of(cut.key_len - cut.query_len + w.token_begin);
-    w.key_end = std::max<int64_t>(0, cut.key_len - cut.query_len + w.token_end);
-    if (cut.few) {
-      int64_t chunk = cut.first_piece + piece;
-      w.key_begin = std::max(w.key_begin, chunk * cut.piece_len);
-      w.key_end = std::min(w.key_end, (chunk + together) * cut.piece_len);
-      w.chunk_len = cut.piece_len;
-      w.partial_step = piece_floats(c, cut);
-      if (cut.pieces > 1) w.partial = partial_->row_as<float>(r) + piece * w.partial_step;
+    w.query_len = a.query_len;
+    w.key_len = a.key_len;
+    auto rows = [&](const TensorRef& t) { return const_cast<char*>(at(t, (dense_ ? r : a.first_row) * (t ? t->strides[0] : 0))); };
+    w.query = rows(t_.query);
+    w.out = rows(t_.out);
+    w.lse = rows(t_.lse);
+    if (t_.mask) {
+      const Tensor& m = *t_.mask;
+      int64_t offset = dense_ ? (m.shape[0] == 1 ? 0 : r * m.strides[0]) : (m.shape[1] == 1 ? 0 : a.first_row * m.strides[1]);
+      w.mask = at(t_.mask, offset);
     }
-    check_pages(r, w);
-    int64_t rows = (w.token_end - w.token_begin) * group_;
-    int64_t floats = cut.few ? few_scratch_floats(c, w.head_end - w.head_begin, rows) : tile_scratch_floats(c, rows);
-    w.scratch = reinterpret_cast<float*>(worker.scratch(floats * 4));
-    (cut.few ? kernels_.attend_few : kernels_.attend_tile)(c, w);
+    if (t_.alibi_slopes) w.alibi = t_.alibi_slopes->row_as<float>(t_.alibi_slopes->shape[0] == 1 ? 0 : r);
+    int64_t first_token = dense_ ? r * a.query_len : a.first_row;
+    if (t_.first_keys) w.first_keys = t_.first_keys->at<int32_t>() + first_token, w.last_keys = t_.last_keys->at<int32_t>() + first_token;
+    if (t_.page_table) w.pages = t_.page_table->row_as<int32_t>(r);
+    w.page = dense_ ? r : 0;
+    w.first_slot = t_.key_starts ? int_at(t_.key_starts, r) : 0;
+    return w;
   }
 
-  int64_t piece_floats(const AttentionCall& c, const Cut& cut) const {
-    return kv_heads() * cut.query_len * group_ * partial_stride(c);
+  bool few(int64_t rows) const { return rows <= kFewRows && !o_.batch_invariant && few_kernel(); }
+  void (*few_kernel() const)(const AttentionCall&, const AttentionWork&) {
+    return o_.arithmetic == Arithmetic::bf16   ? kernels_.attend_few_bf16
+           : o_.arithmetic == Arithmetic::fp32 ? kernels_.attend_few
+                                               : nullptr;
+  }
+  void (*tile_kernel() const)(const AttentionCall&, const AttentionWork&) {
+    return o_.arithmetic == Arithmetic::bf16   ? kernels_.attend_tile_bf16
+           : o_.arithmetic == Arithmetic::fp32 ? kernels_.attend_tile
+                                               : kernels_.attend_double;
   }
 
-  void merge(int64_t r, int64_t kv_head, int64_t tokens, Worker& worker) {
-    Cut cut = cut_request(r, tokens);
-    if (!cut.few || cut.pieces < 2) return;
+  // Keys whose unfinished rows are worth writing down: those cost a tenth of reading the keys at most, up to a limit.
+  int64_t chunk_len(const AttentionCall& c) const {
+    int64_t partial = c.group * c.value_dim * 8, cached = (c.head_dim + c.value_dim) * dtype_bytes(c.kv_type), len = kLeastChunk;
+    while (len < kLargestChunk && len * cached < 10 * partial) len *= 2;
+    return len;
+  }
+  int64_t unit_len(const AttentionCall& c) const { return o_.batch_invariant ? chunk_len(c) : kKeyBlock; }
+
+  void add_item(const AttentionCall& c, const AttentionWork& w, Item item) {
+    KeyRange seen = keys_seen(c, w, item.token_begin, item.token_end);
+    int64_t unit = unit_len(c), rows = (item.token_end - item.token_begin) * group(), heads = item.head_end - item.head_begin;
+    item.key_begin = seen.begin;
+    item.key_end = seen.end;
+    item.first_unit = seen.begin / unit;
+    int64_t count = seen.begin < seen.end ? divide_up(seen.end, unit) - item.first_unit : 0;
+    int64_t weight = heads * (item.few ? std::max(rows, kMemoryRows) : rows + kLoadRows) * (unit / kKeyBlock);
+    bool whole = o_.arithmetic == Arithmetic::fp64 || (o_.batch_invariant && rows > kLargestTile / 2);
+    items_.push_back(item);
+    counts_.push_back(whole ? std::min<int64_t>(count, 1) : count);
+    weights_.push_back(whole ? weight * std::max<int64_t>(count, 1) : weight);
+  }
+
+  // Tiles of tokens from the request's end: those with most keys first.
+  void add_items(int64_t r, const Asked& a, const AttentionCall& c, int64_t workers) {
+    if (a.query_len == 0) return;
+    AttentionWork w = work_of(r, a);
+    bool few_rows = few(a.query_len * group());
+    bool together = few_rows && divide_up(a.key_len, kKeyBlock) >= kTogetherBlocks * workers;
+    int64_t rows = std::clamp(a.query_len * group() / 8, kLeastTile, kLargestTile), heads = together ? kv_heads() : 1;
+    int64_t tile = few_rows ? a.query_len : std::max<int64_t>(1, rows / group());
+    for (int64_t end = a.query_len; end > 0; end = (end - 1) / tile * tile)
+      for (int64_t head = 0; head < kv_heads(); head += heads)
+        add_item(c, w, Item{r, head, head + heads, (end - 1) / tile * tile, end, 0, 0, 0, few_rows});
+  }
+
+  void divide(const Sizes& sizes, Worker& worker) {
+    int64_t n = requests(sizes), tokens = t_.query->rows(sizes), threads = worker.num_threads();
+    items_.clear(), counts_.clear(), weights_.clear();
+    intervals_ = merge_rows_ = 0;
+    check_starts(n, tokens);
     AttentionCall c = call();
-    int64_t rows = cut.query_len * group_;
-    AttentionMerge m{partial_->row_as<float>(r) + kv_head * rows * partial_stride(c), piece_floats(c, cut), cut.pieces,
-                     cut.first_row, rows, kv_head};
-    kernels_.merge_attention(c, m, reinterpret_cast<float*>(worker.scratch(padded_lanes(c.value_dim) * 4)));
+    bool all_few = true;
+    for (int64_t r = 0; r < n; ++r) {
+      Asked a = asked_of(r);
+      check_request(r, a, tokens);
+      all_few = all_few && few(a.query_len * group());
+      add_items(r, a, c, threads);
+    }
+    if (items_.empty()) return;
+    place(c, all_few ? (n == 1 ? threads : 2 * threads) : 4 * threads, worker);
+  }
+
+  void place(const AttentionCall& c, int64_t workers, Worker& worker) {
+    ScheduleCosts costs{kSegmentCost, kMergeCost, workers, kLeastSegment};
+    auto plan = [&] {
+      schedule_.plan(counts_.data(), weights_.data(), static_cast<int64_t>(items_.size()), costs);
+      schedule_.place(counts_.data(), o_.batch_invariant ? SlotHolds::unit : SlotHolds::segment);
+    };
+    plan();
+    slot_floats_ = 0;
+    for (const auto& m : schedule_.merges) slot_floats_ = std::max(slot_floats_, item_rows(items_[m.item]) * partial_stride(c));
+    if (schedule_.slots * slot_floats_ * 4 > kMostWorkspace) {
+      for (size_t i = 0; i < counts_.size(); ++i) {
+        weights_[i] *= std::max<int64_t>(counts_[i], 1);
+        counts_[i] = std::min<int64_t>(counts_[i], 1);
+      }
+      plan();
+    }
+    intervals_ = schedule_.intervals();
+    for (const auto& m : schedule_.merges) merge_rows_ += items_[m.item].head_end - items_[m.item].head_begin;
+    partial_ = schedule_.slots ? reinterpret_cast<float*>(worker.workspace(schedule_.slots * slot_floats_ * 4)) : nullptr;
+  }
+  int64_t item_rows(const Item& i) const { return (i.head_end - i.head_begin) * (i.token_end - i.token_begin) * group(); }
+
+  void attend_interval(int64_t number, Worker& worker) {
+    int64_t slot = schedule_.first_slots[number];
+    for_each_segment(counts_.data(), schedule_.boundaries[number], schedule_.boundaries[number + 1],
+                     [&](int64_t item, int64_t begin, int64_t end, bool partial) {
+                       attend(items_[item], begin, end == counts_[item] ? -1 : end, partial ? slot : -1, worker);
+                       if (partial) slot += o_.batch_invariant ? end - begin : 1;
+                     });
+  }
+
+  // Units [begin, end) of an item; end -1: to its last.
+  void attend(const Item& item, int64_t begin, int64_t end, int64_t slot, Worker& worker) {
+    AttentionCall c = call();
+    int64_t unit = unit_len(c);
+    AttentionWork w = of_item(item);
+    w.key_begin = std::max(item.key_begin, (item.first_unit + begin) * unit);
+    w.key_end = end < 0 ? item.key_end : std::min(item.key_end, (item.first_unit + end) * unit);
+    w.chunk_len = o_.batch_invariant ? unit : 0;
+    w.partial_step = slot_floats_;
+    if (slot >= 0) w.partial = partial_ + slot * slot_floats_;
+    check_pages(item.request, w);
+    int64_t rows = num_rows(c, w), heads = item.head_end - item.head_begin;
+    int64_t floats = item.few ? few_scratch_floats(c, heads, rows) : tile_scratch_floats(c, rows);
+    if (o_.arithmetic == Arithmetic::fp64) floats = 2 * (item.key_end - item.key_begin) + 2;
+    w.scratch = reinterpret_cast<float*>(worker.scratch(floats * 4));
+    (item.few ? few_kernel() : tile_kernel())(c, w);
+  }
+
+  AttentionWork of_item(const Item& item) const {
+    AttentionWork w = work_of(item.request, asked_of(item.request));
+    w.token_begin = item.token_begin;
+    w.token_end = item.token_end;
+    w.head_begin = item.head_begin;
+    w.head_end = item.head_end;
+    return w;
+  }
+
+  void merge(int64_t row, Worker& worker) {
+    for (const auto& m : schedule_.merges) {
+      const Item& item = items_[m.item];
+      int64_t heads = item.head_end - item.head_begin;
+      if (row >= heads) {
+        row -= heads;
+        continue;
+      }
+      AttentionCall c = call();
+      AttentionWork w = of_item(item);
+      w.scratch = reinterpret_cast<float*>(worker.scratch(partial_stride(c) * 4));
+      return kernels_.merge_pieces(c, w, {partial_ + m.first_slot * slot_floats_, slot_floats_, m.pieces, item.head_begin + row});
+    }
   }
 
   const Kernels& kernels_;
-  PagedAttentionTensors t_;
-  TensorRef partial_;
-  int64_t window_left_, group_ = 1;
-  float scale_, softcap_;
-  mutable std::atomic<int64_t> heads_per_item_{1}, keys_per_item_{0};
+  AttentionTensors t_;
+  AttentionOptions o_;
+  bool dense_ = false;
+  Schedule schedule_;
+  std::vector<Item> items_;
+  std::vector<int64_t> counts_, weights_;
+  int64_t intervals_ = 0, merge_rows_ = 0, slot_floats_ = 0;
+  float* partial_ = nullptr;
 };
 
-void check_arrays(const Expect& expect, const PagedAttentionTensors& t) {
-  expect.that(t.query->shape.size() == 3, "query", "[tokens, heads, head_dim]", shape_text(*t.query));
-  expect.that(t.key_pages->shape.size() == 4, "key_pages", "[pages, page_size, kv_heads, head_dim]", shape_text(*t.key_pages));
-  expect.that(t.value_pages->shape.size() == 4, "value_pages", "[pages, page_size, kv_heads, value_dim]", shape_text(*t.value_pages));
-  const auto &q = t.query->shape, &k = t.key_pages->shape, &v = t.value_pages->shape;
-  expect.shape(*t.key_pages, "key_pages", {-1, -1, -1, q[2]});
-  expect.shape(*t.value_pages, "value_pages", {k[0], k[1], k[2], -1});
-  for (size_t i = 1; i < 4; ++i) expect.that(k[i] > 0 && v[i] > 0, "key_pages, value_pages", "sizes of at least 1", shape_text(*t.key_pages));
-  expect.that(q[1] > 0 && q[1] % k[2] == 0, "query", "a multiple of " + std::to_string(k[2]) + " heads", std::to_string(q[1]));
-  expect.shape(*t.out, "out", {q[0], q[1], v[3]});
-  auto floats = {DType::f32, DType::f16, DType::bf16};
-  expect.dtype(*t.query, "query", floats);
-  expect.dtype(*t.out, "out", floats);
-  expect.dtype(*t.key_pages, "key_pages", floats);
-  expect.dtype(*t.value_pages, "value_pages", {t.key_pages->dtype});
-  expect.packed(*t.query, "query");
-  expect.packed(*t.out, "out");
-  expect.packed(*t.key_pages, "key_pages");
-  expect.packed(*t.value_pages, "value_pages");
+void check_last_dim(const Expect& expect, const TensorRef& t, const char* argument) {
+  if (!t || t->capacity_bytes() == 0) return;
+  expect.that(t->shape.back() == 1 || t->strides.back() == 1, argument, "a contiguous last dimension", shape_text(*t) + " with another stride");
 }
 
-void check_lengths(const Expect& expect, const PagedAttentionTensors& t) {
+void check_arrays(const Expect& expect, const AttentionTensors& t, const AttentionOptions& o) {
+  size_t rank = t.query->shape.size();
+  bool dense = rank == 4, paged = t.page_table != nullptr;
+  expect.that(rank == 3 || rank == 4, "query", "[tokens, heads, head_dim] or [batch, tokens, heads, head_dim]", shape_text(*t.query));
+  expect.that(t.key->shape.size() == (dense || paged ? 4u : 3u), paged ? "key_pages" : "key",
+              paged ? "[pages, page_size, kv_heads, head_dim]" : dense ? "[batch, keys, kv_heads, head_dim]" : "[keys, kv_heads, head_dim]",
+              shape_text(*t.key));
+  expect.that(t.value->shape.size() == t.key->shape.size(), paged ? "value_pages" : "value", "as many dimensions as the keys", shape_text(*t.value));
+  const char *key_name = paged ? "key_pages" : "key", *value_name = paged ? "value_pages" : "value";
+  const auto &q = t.query->shape, &k = t.key->shape, &v = t.value->shape;
+  int64_t codes = t.key->dtype == DType::u8 ? 2 : 1, head_dim = q.back(), stored = divide_up(head_dim, codes);
+  expect.that(k.back() == stored, key_name, "a last dimension of " + text(stored), shape_text(*t.key));
+  for (size_t i = 0; i + 1 < k.size(); ++i) expect.that(k[i] == v[i], value_name, "the keys' sizes but for the last", shape_text(*t.value));
+  int64_t kv_heads = k[k.size() - 2], heads = q[rank - 2], value_dim = t.out->shape.back();
+  expect.that(kv_heads > 0 && head_dim > 0 && v.back() > 0 && (!paged || k[1] > 0), key_name, "sizes of at least 1", shape_text(*t.key));
+  expect.that(heads > 0 && heads % kv_heads == 0, "query", "a multiple of " + text(kv_heads) + " heads", text(heads));
+  expect.that(!dense || paged || k[0] == q[0], key_name, "a batch of " + text(q[0]), shape_text(*t.key));
+  expect.that(v.back() == divide_up(value_dim, codes), value_name, "a last dimension of " + text(divide_up(value_dim, codes)), shape_text(*t.value));
+  auto out_shape = q;
+  out_shape.back() = value_dim;
+  expect.that(t.out->shape == out_shape, "out", "the query's shape but for the last dimension", shape_text(*t.out));
+  out_shape.pop_back();
+  if (t.lse) expect.that(t.lse->shape == out_shape, "lse", "the query's shape without its last dimension", shape_text(*t.lse));
+  if (o.arithmetic == Arithmetic::fp64) {
+    for (const auto& [tensor, argument] : {std::pair{t.query, "query"}, {t.key, key_name}, {t.value, value_name}, {t.out, "out"}})
+      expect.dtype(*tensor, argument, {DType::f64});
+    if (t.lse) expect.dtype(*t.lse, "lse", {DType::f64});
+  } else {
+    expect.dtype(*t.query, "query", {DType::f32, DType::f16, DType::bf16});
+    expect.dtype(*t.out, "out", {DType::f32, DType::f16, DType::bf16});
+    expect.dtype(*t.key, key_name, {DType::f32, DType::f16, DType::bf16, DType::f8, DType::i8, DType::u8});
+    if (t.lse) expect.dtype(*t.lse, "lse", {DType::f32});
+  }
+  expect.dtype(*t.value, value_name, {t.key->dtype});
+  check_last_dim(expect, t.query, "query");
+  check_last_dim(expect, t.out, "out");
+  check_last_dim(expect, t.key, key_name);
+  check_last_dim(expect, t.value, value_name);
+}
+
+void check_scales(const Expect& expect, const AttentionTensors& t) {
+  bool coded = t.key->dtype == DType::i8 || t.key->dtype == DType::u8, scaled = coded || t.key->dtype == DType::f8;
+  for (const auto& [scales, argument] : {std::pair{t.key_scales, "key_scales"}, {t.value_scales, "value_scales"}}) {
+    expect.that(!coded || scales, argument, "scales, as int8 and int4 caches need them", "None");
+    if (!scales) continue;
+    expect.that(scaled, argument, "none but for float8, int8 and int4 caches", shape_text(*scales));
+    expect.dtype(*scales, argument, {DType::f32});
+    auto shape = t.key->shape;
+    shape.pop_back();
+    auto per_page = shape;
+    if (shape.size() == 3) per_page[1] = 1;
+    expect.that(scales->shape == shape || scales->shape == per_page, argument, "the keys' shape without its last dimension", shape_text(*scales));
+  }
+}
+
+// A layout's own arrays: which there must be, which not.
+void check_layout(const Expect& expect, const AttentionTensors& t) {
+  bool dense = t.query->shape.size() == 4;
+  int64_t requests = dense ? t.query->shape[0] : t.key_lens ? t.key_lens->shape[0] : 0;
+  const char* lens = t.page_table ? "sequence_lens" : "key_lens";
+  if (dense) expect.that(!t.query_starts && !t.key_starts && !t.page_table, "query_starts, key_starts, page_table", "none for a dense batch", "some");
+  if (!dense) {
+    expect.that(t.query_starts && t.key_lens && (t.key_starts || t.page_table), "query_starts, key_starts", "both for a ragged batch", "none");
+    expect.dtype(*t.query_starts, "query_starts", {DType::i32});
+    expect.shape(*t.key_lens, lens, {-1});
+    expect.shape(*t.query_starts, "query_starts", {requests + 1});
+  }
+  if (t.key_lens) expect.dtype(*t.key_lens, lens, {DType::i32}), expect.shape(*t.key_lens, lens, {requests});
+  if (t.key_starts) expect.dtype(*t.key_starts, "key_starts", {DType::i32}), expect.shape(*t.key_starts, "key_starts", {requests});
+  if (!t.page_table) return;
   expect.dtype(*t.page_table, "page_table", {DType::i32});
-  expect.dtype(*t.sequence_lens, "sequence_lens", {DType::i32});
-  expect.dtype(*t.query_starts, "query_starts", {DType::i32});
-  expect.shape(*t.sequence_lens, "sequence_lens", {-1});
-  expect.shape(*t.page_table, "page_table", {t.sequence_lens->shape[0], -1});
-  expect.shape(*t.query_starts, "query_starts", {t.sequence_lens->shape[0] + 1});
+  expect.shape(*t.page_table, "page_table", {requests, -1});
   expect.packed(*t.page_table, "page_table");
+}
+
+void check_vector(const Expect& expect, const TensorRef& t, const char* argument, DType type, int64_t n) {
+  if (!t) return;
+  expect.dtype(*t, argument, {type});
+  expect.shape(*t, argument, {n});
+  expect.that(t->strides[0] == 1 || n <= 1, argument, "contiguous numbers", shape_text(*t) + " with another stride");
+}
+
+void check_options(const Expect& expect, const AttentionTensors& t) {
+  bool dense = t.query->shape.size() == 4;
+  const auto& q = t.query->shape;
+  int64_t heads = q[q.size() - 2], tokens = dense ? q[0] * q[1] : q[0];
+  int64_t requests = dense ? q[0] : t.key_lens->shape[0];
+  check_vector(expect, t.sinks, "sinks", DType::f32, heads);
+  expect.that(!t.first_keys == !t.last_keys, "first_keys, last_keys", "both or none", "one");
+  check_vector(expect, t.first_keys, "first_keys", DType::i32, tokens);
+  check_vector(expect, t.last_keys, "last_keys", DType::i32, tokens);
+  if (t.alibi_slopes) {
+    expect.dtype(*t.alibi_slopes, "alibi_slopes", {DType::f32});
+    const auto& shape = t.alibi_slopes->shape;
+    expect.that(shape.size() == 2 && (shape[0] == 1 || shape[0] == requests) && shape[1] == heads, "alibi_slopes",
+                "[heads] or [requests, heads]", shape_text(*t.alibi_slopes));
+    expect.packed(*t.alibi_slopes, "alibi_slopes");
+  }
+  if (!t.mask) return;
+  expect.dtype(*t.mask, "mask", {DType::u8, DType::f32, DType::f16, DType::bf16, DType::f64});
+  expect.that(t.mask->dtype != DType::f64 || t.query->dtype == DType::f64, "mask", "bool or floats of at most 32 bits", shape_text(*t.mask));
+  const auto& m = t.mask->shape;
+  std::vector<int64_t> full = dense ? std::vector<int64_t>{q[0], heads, q[1]} : std::vector<int64_t>{heads, q[0]};
+  bool fits = m.size() == full.size() + 1;
+  for (size_t i = 0; fits && i < full.size(); ++i) fits = m[i] == full[i] || m[i] == 1;
+  expect.that(fits, "mask", dense ? "[batch, heads, tokens, columns], 1 for all" : "[tokens, columns] or [heads, tokens, columns], 1 for all",
+              shape_text(*t.mask));
 }
 
 }  // namespace
 
-void submit_paged_attention(Runner& runner, Isa isa, PagedAttentionTensors t, int64_t window_left, float scale, float softcap) {
-  Expect expect{"paged_attention"};
-  check_arrays(expect, t);
-  check_lengths(expect, t);
-  runner.submit(std::make_unique<PagedAttention>(runner, kernels_for(isa), std::move(t), window_left, scale, softcap));
+void submit_attention(Runner& runner, Isa isa, const AttentionTensors& t, const AttentionOptions& options) {
+  Expect expect{t.page_table ? "paged_attention" : "attention"};
+  check_arrays(expect, t, options);
+  check_layout(expect, t);
+  check_scales(expect, t);
+  check_options(expect, t);
+  const Kernels& kernels = kernels_for(isa);
+  if (options.arithmetic == Arithmetic::bf16 && !kernels.attend_tile_bf16)
+    throw std::invalid_argument(std::string("attention: kernel: no bf16 products at level ") + isa_name(isa));
+  runner.submit(std::make_unique<Attention>(kernels, t, options, expect.op));
 }
 
 }  // namespace headrace

@@ -43,20 +43,34 @@ void submit_sample(Runner& runner, Isa isa, const SampleTensors& tensors);
 // positions [tokens] i32, inverse_frequencies [rotary_dim / 2] f32|f64 -> table [tokens, rotary_dim] f32: cosines, then
 // sines, times magnitude
 void submit_rope_table(Runner& runner, TensorRef table, TensorRef positions, TensorRef inverse_frequencies, float magnitude);
-// Queries rotated to query_out, keys rotated and values converted to the pages, at slots [tokens] i32 (page * page_size +
-// offset). With norms [head_dim], each head is rms-normalized before. A slot outside the pages throws.
-struct RopeAppendTensors {
-  TensorRef query_out, query, key, value, key_pages, value_pages, slots, table, query_norm, key_norm;
+// Keys and values [tokens, kv_heads, ...] f32|f16|bf16 converted or quantized to pages [pages, page_size, kv_heads, ...]
+// f32|f16|bf16|f8|i8|u8 (two int4 in a byte), at slots [tokens] i32 (page * page_size + offset); with a table, keys and
+// queries are rotated; with norms [head_dim] f32, each head is rms-normalized before. scales f32 [pages, page_size,
+// kv_heads]: written; [pages, 1, kv_heads]: read. latent [tokens, kv_heads, latent_dim] comes before the key in its pages.
+// Only key, key_pages and slots must be there. A slot outside the pages throws, and so does a scale that is no scale.
+struct AppendTensors {
+  TensorRef key, latent, value, key_pages, value_pages, key_scales, value_scales, slots;
+  TensorRef query, query_out, table, query_norm, key_norm;
 };
-void submit_rope_append(Runner& runner, Isa isa, RopeAppendTensors tensors, bool interleaved, float eps);
+void submit_append_pages(Runner& runner, Isa isa, AppendTensors tensors, bool interleaved, float eps);
 
-// query [tokens, heads, head_dim] against pages -> out [tokens, heads, value_dim]; page_table [requests, max_pages],
-// sequence_lens [requests], query_starts [requests + 1]: i32, read when it runs. Lengths and pages that do not fit throw.
-struct PagedAttentionTensors {
-  TensorRef out, query, key_pages, value_pages, page_table, sequence_lens, query_starts;
+// Layouts, by rank of the query: dense [batch, tokens, heads, head_dim] against keys [batch, keys, kv_heads, head_dim];
+// ragged [tokens, heads, head_dim] with query_starts [requests + 1] against keys [keys, kv_heads, head_dim], of which request r
+// has key_lens[r] from key_starts[r] on; or against pages [pages, page_size, kv_heads, head_dim] found by page_table
+// [requests, max_pages]. Starts, lengths and pages are i32, read when it runs; what does not fit throws. Any strides, the
+// last dimension contiguous. Arrays that may be absent are null.
+struct AttentionTensors {
+  TensorRef out, lse, query, key, value, query_starts, key_starts, key_lens, page_table, key_scales, value_scales, mask, sinks,
+      alibi_slopes, first_keys, last_keys;
 };
-void submit_paged_attention(Runner& runner, Isa isa, PagedAttentionTensors tensors, int64_t window_left, float scale,
-                            float softcap);
+enum class Arithmetic { fp32, bf16, fp64 };
+struct AttentionOptions {
+  bool top_left, batch_invariant;
+  int64_t window_left, window_right;  // negative: open
+  double scale, softcap;              // softcap 0: none
+  Arithmetic arithmetic;
+};
+void submit_attention(Runner& runner, Isa isa, const AttentionTensors& tensors, const AttentionOptions& options);
 
 // parts of one attention, each out [..., heads, value_dim] f32|f16|bf16 (or all f64) and lse [..., heads] f32 -> the whole, the
 // same shapes. sinks [heads] f32 may be absent.

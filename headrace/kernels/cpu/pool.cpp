@@ -40,18 +40,21 @@ double now() {
 
 }  // namespace
 
-char* Worker::scratch(int64_t bytes) {
-  if (bytes > capacity_) {
-    memory_ = allocate_bytes(bytes);
-    capacity_ = bytes;
+char* Memory::take(int64_t bytes) {
+  if (bytes > capacity) {
+    data = allocate_bytes(bytes);
+    capacity = bytes;
   }
-  return static_cast<char*>(memory_.get());
+  return static_cast<char*>(data.get());
 }
+
+char* Worker::scratch(int64_t bytes) { return own_.take(bytes); }
+char* Worker::workspace(int64_t bytes) { return shared_.take(bytes); }
 
 Pool::Pool(int num_threads) : num_threads_(num_threads), owner_process_(getpid()) {
   if (num_threads < 1 || num_threads > 1024)
     throw std::invalid_argument("threads: expected 1 to 1024, got " + std::to_string(num_threads));
-  for (int i = 0; i < num_threads; ++i) workers_.push_back(std::make_unique<Worker>(i, num_threads));
+  for (int i = 0; i < num_threads; ++i) workers_.push_back(std::make_unique<Worker>(i, num_threads, workspace_));
   for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { worker_loop(i); });
 }
 

@@ -13,18 +13,27 @@
 
 namespace headrace {
 
+// Memory that grows to what is asked for and stays.
+struct Memory {
+  std::shared_ptr<void> data;
+  int64_t capacity = 0;
+  char* take(int64_t bytes);
+};
+
 // What a chunk gets besides its number: who runs it, and memory of that thread's own.
 class Worker {
  public:
-  Worker(int thread, int num_threads) : thread_(thread), num_threads_(num_threads) {}
+  Worker(int thread, int num_threads, Memory& shared) : thread_(thread), num_threads_(num_threads), shared_(shared) {}
   int thread() const { return thread_; }
   int num_threads() const { return num_threads_; }
   char* scratch(int64_t bytes);  // 64-byte aligned, valid until the chunk ends, contents undefined
+  // The same for all threads, valid until the op ends. NOTE: only for a phase of one chunk, and once per op.
+  char* workspace(int64_t bytes);
 
  private:
   int thread_, num_threads_;
-  int64_t capacity_ = 0;
-  std::shared_ptr<void> memory_;
+  Memory own_;
+  Memory& shared_;
 };
 
 // One call of one kernel. Phases follow one another with a barrier between; the chunks of a phase run in any order.
@@ -94,6 +103,7 @@ class Pool : public Runner {
   Job job_;
   std::vector<std::thread> threads_;
   std::vector<std::unique_ptr<Worker>> workers_;
+  Memory workspace_;
 
   std::mutex sleep_mutex_;
   // NOTE: never destroyed in a forked child, where its waiters are gone and it would wait for them.
