@@ -120,7 +120,7 @@ SAMPLING_PARAMS = (
 
 
 @dataclass(frozen=True)
-class RopeCase:
+class AppendCase:
     name: str
     heads: int
     kv_heads: int
@@ -131,14 +131,32 @@ class RopeCase:
     tokens: int
 
 
-ROPE = (
-    RopeCase("one", 1, 1, 2, 2, 1, 1, 1),
-    RopeCase("default_model_decode", 9, 3, 64, 64, 64, 64, 1),
-    RopeCase("default_model_prefill", 9, 3, 64, 64, 64, 64, 70),
-    RopeCase("partial_below_lanes", 4, 2, 80, 20, 80, 16, 5),
-    RopeCase("odd_widths", 6, 2, 34, 34, 33, 3, 9),
-    RopeCase("llama_8b", 32, 8, 128, 128, 128, 64, 6),
-    RopeCase("no_tokens", 2, 1, 64, 64, 64, 16, 0),
+APPEND = (
+    AppendCase("one", 1, 1, 2, 2, 1, 1, 1),
+    AppendCase("default_model_decode", 9, 3, 64, 64, 64, 64, 1),
+    AppendCase("default_model_prefill", 9, 3, 64, 64, 64, 64, 70),
+    AppendCase("partial_below_lanes", 4, 2, 80, 20, 80, 16, 5),
+    AppendCase("odd_widths", 6, 2, 34, 34, 33, 3, 9),
+    AppendCase("llama_8b", 32, 8, 128, 128, 128, 64, 6),
+    AppendCase("no_tokens", 2, 1, 64, 64, 64, 16, 0),
+)
+
+
+@dataclass(frozen=True)
+class AppendLatentCase:
+    name: str
+    heads: int
+    latent_dim: int
+    rope_dim: int
+    page_size: int
+    tokens: int
+
+
+APPEND_LATENT = (
+    AppendLatentCase("one", 1, 1, 2, 1, 1),
+    AppendLatentCase("deepseek_decode", 16, 512, 64, 64, 3),
+    AppendLatentCase("odd_widths", 3, 45, 6, 5, 17),
+    AppendLatentCase("no_tokens", 2, 32, 16, 16, 0),
 )
 
 

@@ -12,10 +12,10 @@ import numpy as np
 
 from headrace.config import ModelConfig
 from headrace.kernels.cpu.arrays import Buffer
+from headrace.ops.append_pages import append_pages
 from headrace.ops.linear import PackedWeight, linear, linear_gated, linear_many
 from headrace.ops.norm import rms_norm
 from headrace.ops.paged_attention import paged_attention
-from headrace.ops.rope import rope_append
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ def attention(
     """x + output(attention(norm(x))), with this step's keys and values appended to the pages."""
     h = rms_norm(x, weights.norm, eps=config.norm_eps)
     query, key, value = linear_many(h, [weights.query, weights.key, weights.value], biases=weights.biases)
-    query = rope_append(
-        query.view(config.num_heads, config.head_dim),
+    query = append_pages(
         key.view(config.num_kv_heads, config.head_dim),
         value.view(config.num_kv_heads, config.value_head_dim),
         *pages,
         slots=step.slots,
+        query=query.view(config.num_heads, config.head_dim),
         table=rope,
         interleaved=config.rope.interleaved,
         query_norm=weights.query_norm,

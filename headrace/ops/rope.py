@@ -1,13 +1,10 @@
-"""Rotary positions, and the step's keys and values into their pages.
+"""Rotary positions: what turns how far. (The turning is fused into `append_pages.py`.)
 
     inverse_frequencies(config) -> w [rotary_dim / 2]                      theta^(-2i / rotary_dim), scaled
     rope_table(positions [tokens], w) -> [tokens, rotary_dim]              cos(p w_i), then sin(p w_i), times magnitude
-    rope_append(query [tokens, heads, head_dim], key, value, key_pages, value_pages, slots, table)
-        pair (a, b) of each query and key head -> (a cos - b sin, b cos + a sin)
-        rotated query -> out;  rotated key, value -> pages [pages, page_size, kv_heads, head_dim] at the token's slot
+    rotated pair (a, b) = (a cos - b sin, b cos + a sin)
 
-A slot is page * page_size + offset. Pairs are (2i, 2i + 1) when interleaved, else (i, i + rotary_dim / 2); elements
-from rotary_dim on stay. With norms, each head is rms-normalized before. The table is made once per step for all layers.
+Pairs are (2i, 2i + 1) when interleaved, else (i, i + rotary_dim / 2). The table is made once per step for all layers.
 
 Su et al. 2021, "RoFormer"; Peng et al. 2023, "YaRN"; the Llama 3 report for factors per frequency.
 """
@@ -22,11 +19,8 @@ import numpy as np
 
 from headrace.config import RopeConfig
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import dtype_name, shape_of
-from headrace.ops import norm
+from headrace.kernels.cpu.arrays import shape_of
 from headrace.ops.select import Kernel, Request, Traffic, choose
-
-WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def inverse_frequencies(config: RopeConfig, factors: np.ndarray | None = None) -> np.ndarray:
@@ -106,55 +100,6 @@ def table_reference(positions: np.ndarray, inverse_frequencies: np.ndarray, magn
     return magnitude * np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def rope_append(
-    query: Any,
-    key: Any,
-    value: Any,
-    key_pages: Any,
-    value_pages: Any,
-    *,
-    slots: Any,
-    table: Any,
-    interleaved: bool = True,
-    query_norm: Any = None,
-    key_norm: Any = None,
-    eps: float = 1e-6,
-    out: Any = None,
-    kernel: str | None = None,
-) -> Any:
-    """Rotated queries; rotated keys, and the values, are written to the pages.
-
-    query: float32 [tokens, heads, head_dim]; key: float32 [tokens, kv_heads, head_dim]; value: float32 [tokens,
-    kv_heads, value_head_dim]; pages: float32, float16 or bfloat16 [pages, page_size, kv_heads, ...]; slots: int32
-    [tokens], no two the same; table: from rope_table; norms: float32 [head_dim] or None; out: where queries go, `query`
-    itself when None. Raises ArgumentError for shapes that do not fit and for a slot outside the pages, which is never
-    written to.
-    """
-    arrays = {"query": query, "key": key, "value": value, "key_pages": key_pages, "value_pages": value_pages}
-    arrays |= {"slots": slots, "table": table}
-    shapes = {name: shape_of(array, name) for name, array in arrays.items()}
-    asked = append_request(shapes["query"], shapes["key"], shapes["value"], dtype_name(key_pages))
-    for name, array in (("query_norm", query_norm), ("key_norm", key_norm)):
-        if array is not None:
-            shape_of(array, name)
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ArgumentError(f"eps: expected a finite number >= 0, got {eps}")
-    arrays |= {"query_norm": query_norm, "key_norm": key_norm, "out": query if out is None else out}
-    return choose(append_kernels(), asked, kernel).run(arrays, bool(interleaved), float(eps))
-
-
-def append_request(
-    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], dtype: str = "float16"
-) -> Request:
-    """The request of a call: queries are read and written, keys and values read once and written to `dtype`."""
-    rotated = math.prod(query) + math.prod(key)
-    cached = math.prod(key) + math.prod(value)
-    num_bytes = 8 * math.prod(query) + (4 + WIDTHS.get(dtype, 4)) * cached
-    return Request(
-        "rope_append", {"query": query, "key": key, "value": value}, {"pages": dtype}, Traffic(num_bytes, 3 * rotated)
-    )
-
-
 def rotate_reference(x: np.ndarray, table: np.ndarray, interleaved: bool) -> np.ndarray:
     """Rotated heads [tokens, heads, head_dim] in float64."""
     x, pairs = x.astype(np.float64), table.shape[1] // 2
@@ -168,11 +113,6 @@ def rotate_reference(x: np.ndarray, table: np.ndarray, interleaved: bool) -> np.
     return rotated
 
 
-def head_reference(x: np.ndarray, table: np.ndarray, interleaved: bool, weight: Any, eps: float) -> np.ndarray:
-    """Heads normalized when there is a weight, then rotated, in float64."""
-    return rotate_reference(x if weight is None else norm.reference(x, weight, eps), table, interleaved)
-
-
 @functools.cache
 def table_kernels() -> tuple[Kernel, ...]:
     """The kernels of rope_table: one, since it is libm's double precision that counts."""
@@ -180,12 +120,3 @@ def table_kernels() -> tuple[Kernel, ...]:
     from headrace.ops.per_isa import per_isa
 
     return per_isa(rope.run_table, ("portable",))
-
-
-@functools.cache
-def append_kernels() -> tuple[Kernel, ...]:
-    """The kernels of rope_append."""
-    from headrace.kernels.cpu import rope
-    from headrace.ops.per_isa import per_isa
-
-    return per_isa(rope.run_append)

@@ -112,14 +112,15 @@ def _as_integers(array: Any, integers: str) -> Any:
     """The same memory as integers, of what DLPack may not carry."""
     if isinstance(array, np.ndarray):
         return array.view(integers)
-    if _is_torch(array) and integers == "uint8":
+    if is_torch(array) and integers == "uint8":
         import torch
 
         return array.view(torch.uint8)
     return array  # others may know how to hand it over themselves
 
 
-def _is_torch(array: Any) -> bool:
+def is_torch(array: Any) -> bool:
+    """Whether it is a torch tensor, without importing torch."""
     return type(array).__module__.partition(".")[0] == "torch"
 
 
@@ -131,12 +132,21 @@ def shape_of(array: Any, name: str) -> tuple[int, ...]:
     return tuple(int(n) for n in shape)
 
 
+def check_writable(array: Any, name: str) -> None:
+    """ArgumentError for an array whose library promises that it does not change."""
+    frozen = isinstance(array, np.ndarray) and not array.flags.writeable
+    if frozen or type(array).__module__.partition(".")[0] in ("jax", "jaxlib"):
+        raise ArgumentError(
+            f"{name}: expected an array that can be written to, got a read-only one", "a NumPy copy of it"
+        )
+
+
 def empty_like(array: Any, shape: Sequence[int], dtype: str) -> Any:
     """An uninitialized array of the same library as `array`; rows of a program's buffer keep following its step."""
     if isinstance(array, Buffer):
         kind = array.tensor.rows_kind if shape[0] == array.shape[0] else "fixed"
         return Buffer(array.program.buffer(dtype, kind, list(shape)), array.program)
-    if _is_torch(array):
+    if is_torch(array):
         import torch
 
         return torch.empty(tuple(shape), dtype=getattr(torch, dtype))

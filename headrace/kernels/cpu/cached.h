@@ -141,21 +141,25 @@ static inline void store_int4(uint8_t* p, Floats a) {
 #endif
 }
 
+// largest_code: what a row's largest number becomes where its scale is computed.
 struct AsE4m3 : OneEach<uint8_t> {
-  static constexpr bool scaled = true;
+  static constexpr bool scaled = true, keeps_nan = true;
+  static constexpr float largest_code = 448.0f;
   static Floats load(const type* p) { return load_e4m3(p); }
   static void store(type* p, Floats a) { store_e4m3(p, a); }
   static float load_one(const type* p, int64_t i = 0) { return e4m3_to_float(p[i]); }
 };
 struct AsInt8 : OneEach<int8_t> {
-  static constexpr bool scaled = true;
+  static constexpr bool scaled = true, keeps_nan = false;
+  static constexpr float largest_code = 127.0f;
   static Floats load(const type* p) { return load_int8(p); }
   static void store(type* p, Floats a) { store_int8(p, within(a, -128.0f, 127.0f)); }
   static float load_one(const type* p, int64_t i = 0) { return static_cast<float>(p[i]); }
 };
 struct AsInt4 {
   using type = uint8_t;
-  static constexpr bool scaled = true;
+  static constexpr bool scaled = true, keeps_nan = false;
+  static constexpr float largest_code = 7.0f;
   static constexpr int64_t per_item = 2;
   static const type* at(const type* p, int64_t element) { return p + element / 2; }
   static type* at(type* p, int64_t element) { return p + element / 2; }

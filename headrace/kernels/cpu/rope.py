@@ -1,7 +1,6 @@
-"""rope on the CPU: a table of cosines and sines once per step, then per layer one pass over queries, keys and values
-(native: op_rope.cpp, rope.h).
+"""rope_table on the CPU: cosines and sines once per step for all layers (native: op_rope.cpp).
 
-Wins always: it is the only one. Bound: memory; a head stays in L1 between norm, rotation and conversion.
+Wins always: it is the only one. Bound: libm's sine and cosine.
 Error: angles are float64, so that a table entry is one float32 rounding off at any position.
 """
 
@@ -21,10 +20,3 @@ def run_table(level: str, positions: Any, inverse_frequencies: Any, magnitude: f
         runner_of(positions), as_tensor(out, "out"), as_tensor(positions, "positions"), frequencies, magnitude
     )
     return out
-
-
-def run_append(level: str, arrays: dict[str, Any], interleaved: bool, eps: float) -> Any:
-    tensors = {name: None if array is None else as_tensor(array, name) for name, array in arrays.items()}
-    tensors["query_out"] = tensors.pop("out")
-    native.rope_append(runner_of(arrays["query"]), level, interleaved=interleaved, eps=eps, **tensors)
-    return arrays["out"]
