@@ -133,6 +133,10 @@ def item_starts(counts: Sequence[int], weights: Sequence[int], overhead: int) ->
 def stream_boundaries(counts: Sequence[int], weights: Sequence[int], costs: ScheduleCosts) -> list[Boundary]:
     """workers + 1 boundaries at equal distances on the line, each moved to the nearest unit.
 
+    A cut makes its second piece pay an overhead again, and both a merge: they are part of what is shared out. So the
+    first worker, who continues nothing, has an overhead and a merge more of the line than the others; the last, whom
+    nothing continues, a merge more.
+
     One less than `snap` from the start or end of its item's units is moved there. At most workers - 1 items are split.
     An interval costs at most overhead + weight + 2 snap + 2 merge_cost more than ceil(total / workers).
     """
@@ -140,8 +144,9 @@ def stream_boundaries(counts: Sequence[int], weights: Sequence[int], costs: Sche
 
 
 def _stream(items: _Items, costs: ScheduleCosts, workers: int) -> list[Boundary]:
-    share = _divide_up(items.total, workers)
-    inner = [_boundary_at(items, costs, min(p * share, items.total)) for p in range(1, workers)]
+    lead = costs.overhead + costs.merge_cost
+    step = _divide_up(max(0, items.total - lead - costs.merge_cost), workers)
+    inner = [_boundary_at(items, costs, min(lead + p * step, items.total)) for p in range(1, workers)]
     return [Boundary(0, 0), *inner, Boundary(len(items.counts), 0)]
 
 

@@ -1,5 +1,7 @@
 """The schedule against brute force that walks unit by unit, and its two twins against each other."""
 
+from dataclasses import astuple
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,10 +90,10 @@ def brute_stream(counts, weights, costs):
     starts = [0]
     for count, weight in zip(counts, weights, strict=True):
         starts.append(starts[-1] + costs.overhead + count * weight)
-    share = -(-starts[-1] // costs.workers)
+    shared = max(0, starts[-1] - costs.overhead - 2 * costs.merge_cost)
     found = [(0, 0)]
     for p in range(1, costs.workers):
-        x = min(p * share, starts[-1])
+        x = min(costs.overhead + costs.merge_cost + p * -(-shared // costs.workers), starts[-1])
         item = max(i for i, start in enumerate(starts) if start <= x)
         if item == len(counts):
             found.append((item, 0))
@@ -209,12 +211,13 @@ def test_no_sliver_is_cut_off_an_item(drawn, costs):
 
 
 @given(items(), COSTS)
-def test_pieces_within_an_item_are_a_share_long(drawn, costs):
+def test_pieces_within_an_item_are_equal_to_a_unit(drawn, costs):
     counts, weights = drawn
-    share = -(-item_starts(counts, weights, costs.overhead)[-1] // costs.workers)
+    shared = item_starts(counts, weights, costs.overhead)[-1] - costs.overhead - 2 * costs.merge_cost
+    step = -(-max(0, shared) // costs.workers)
     for item, rows in pieces_of(stream_boundaries(counts, weights, costs), counts).items():
         for _, units in rows[1:-1]:
-            assert abs(units * weights[item] - share) <= weights[item] + 2 * costs.snap
+            assert abs(units * weights[item] - step) <= weights[item]
 
 
 @given(items(), COSTS)
@@ -263,25 +266,20 @@ def test_equal_splits_are_taken_where_they_are_cheaper():
     )
 
 
-def native_costs(costs):
-    return costs.overhead, costs.merge_cost, costs.workers, costs.snap
-
-
 def assert_twins_agree(counts, weights, costs):
-    overhead, _, workers, snap = native_costs(costs)
-    assert _native.item_starts(counts, weights, overhead) == item_starts(counts, weights, overhead)
-    assert _native.best_boundaries(counts, weights, *native_costs(costs)) == best_boundaries(counts, weights, costs)
+    native = astuple(costs)
+    assert _native.item_starts(counts, weights, costs.overhead) == item_starts(counts, weights, costs.overhead)
+    assert _native.best_boundaries(counts, weights, native) == best_boundaries(counts, weights, costs)
     for name, cut in (("stream_boundaries", stream_boundaries), ("equal_boundaries", equal_boundaries)):
         boundaries = cut(counts, weights, costs)
-        assert getattr(_native, name)(counts, weights, overhead, workers, snap) == boundaries
-        price = _native.makespan(boundaries, counts, weights, overhead, costs.merge_cost, workers)
-        assert price == makespan(boundaries, counts, weights, costs)
+        assert getattr(_native, name)(counts, weights, native) == boundaries
+        assert _native.makespan(boundaries, counts, weights, native) == makespan(boundaries, counts, weights, costs)
         for per_unit in (False, True):
             assert _native.first_slots(boundaries, counts, per_unit) == first_slots(
                 boundaries, counts, per_unit=per_unit
             )
             assert _native.merges(boundaries, counts, per_unit) == merges(boundaries, counts, per_unit=per_unit)
-    assert _native.workspace_slots(len(counts), workers) == workspace_slots(len(counts), workers)
+    assert _native.workspace_slots(len(counts), costs.workers) == workspace_slots(len(counts), costs.workers)
 
 
 @given(items(most=40), COSTS)
@@ -306,11 +304,9 @@ LARGE_COSTS = st.builds(
 
 @given(large_items(), LARGE_COSTS)
 def test_the_native_twin_says_the_same_of_large_numbers(drawn, costs):
-    overhead, _, workers, snap = native_costs(costs)
-    assert _native.best_boundaries(*drawn, *native_costs(costs)) == best_boundaries(*drawn, costs)
+    assert _native.best_boundaries(*drawn, astuple(costs)) == best_boundaries(*drawn, costs)
     for boundaries in lists_of(*drawn, costs):
-        price = _native.makespan(boundaries, *drawn, overhead, costs.merge_cost, workers)
-        assert price == makespan(boundaries, *drawn, costs)
+        assert _native.makespan(boundaries, *drawn, astuple(costs)) == makespan(boundaries, *drawn, costs)
 
 
 def test_the_largest_total_does_not_overflow():
@@ -322,17 +318,17 @@ def test_the_largest_total_does_not_overflow():
 
 def assert_twins_agree_without_units(counts, weights, costs):
     boundaries = best_boundaries(counts, weights, costs)
-    assert _native.best_boundaries(counts, weights, *native_costs(costs)) == boundaries
+    assert _native.best_boundaries(counts, weights, astuple(costs)) == boundaries
     assert _native.merges(boundaries, counts, False) == merges(boundaries, counts)
 
 
 def test_a_million_requests():
     num_items, workers = 1 << 20, 132
     counts, weights = [(i * 7919) % 4096 for i in range(num_items)], [3] * num_items
-    found = _native.best_boundaries(counts, weights, 5, 2, workers, 4)
+    found = _native.best_boundaries(counts, weights, (5, 2, workers, 4))
     share = -(-_native.item_starts(counts, weights, 5)[-1] // workers)
     assert found == sorted(found)
-    assert share <= _native.makespan(found, counts, weights, 5, 2, workers) <= share + 5 + 3 + 2 * 4 + 2 * 2
+    assert share <= _native.makespan(found, counts, weights, (5, 2, workers, 4)) <= share + 5 + 3 + 2 * 4 + 2 * 2
 
 
 BAD = [
@@ -354,13 +350,13 @@ def test_numbers_out_of_range_are_named(counts, weights, costs, named):
     with pytest.raises(ArgumentError, match=named):
         plan(counts, weights, ScheduleCosts(*costs))
     with pytest.raises(ArgumentError, match=named):
-        _native.best_boundaries(counts, weights, *costs)
+        _native.best_boundaries(counts, weights, costs)
 
 
 @pytest.mark.parametrize("boundaries", [[], [(0, 0)], [(0, 0), (0, 3), (1, 0)], [(0, 0), (0, 2), (0, 1), (1, 0)]])
 def test_boundaries_that_are_none_are_refused(boundaries):
     with pytest.raises(ArgumentError, match="boundaries"):
-        _native.makespan(boundaries, [3], [1], 0, 0, 1)
+        _native.makespan(boundaries, [3], [1], (0, 0, 1, 0))
 
 
 def test_boundaries_are_pairs():

@@ -12,12 +12,18 @@ namespace headrace {
 namespace {
 
 using Numbers = std::vector<int64_t>;
+using Costs = std::tuple<int64_t, int64_t, int64_t, int64_t>;
 using Pairs = std::vector<std::pair<int64_t, int64_t>>;
 
 Pairs to_pairs(const std::vector<Boundary>& boundaries) {
   Pairs pairs;
   for (const Boundary& b : boundaries) pairs.emplace_back(b.item, b.unit);
   return pairs;
+}
+
+ScheduleCosts to_costs(const Costs& costs) {
+  auto [overhead, merge_cost, workers, snap] = costs;
+  return {overhead, merge_cost, workers, snap};
 }
 
 // NOTE: the functions trust what they are given, so what comes from Python is checked here.
@@ -40,19 +46,17 @@ std::vector<Boundary> to_boundaries(const Pairs& pairs, const Numbers& counts) {
 
 void bind_schedule(nb::module_& m) {
   m.def("item_starts", &item_starts);
-  m.def("stream_boundaries", [](const Numbers& counts, const Numbers& weights, int64_t overhead, int64_t workers, int64_t snap) {
-    return to_pairs(stream_boundaries(counts, weights, overhead, workers, snap));
+  m.def("stream_boundaries", [](const Numbers& counts, const Numbers& weights, const Costs& costs) {
+    return to_pairs(stream_boundaries(counts, weights, to_costs(costs)));
   });
-  m.def("equal_boundaries", [](const Numbers& counts, const Numbers& weights, int64_t overhead, int64_t workers, int64_t snap) {
-    return to_pairs(equal_boundaries(counts, weights, overhead, workers, snap));
+  m.def("equal_boundaries", [](const Numbers& counts, const Numbers& weights, const Costs& costs) {
+    return to_pairs(equal_boundaries(counts, weights, to_costs(costs)));
   });
-  m.def("best_boundaries", [](const Numbers& counts, const Numbers& weights, int64_t overhead, int64_t merge_cost,
-                              int64_t workers, int64_t snap) {
-    return to_pairs(best_boundaries(counts, weights, overhead, merge_cost, workers, snap));
+  m.def("best_boundaries", [](const Numbers& counts, const Numbers& weights, const Costs& costs) {
+    return to_pairs(best_boundaries(counts, weights, to_costs(costs)));
   });
-  m.def("makespan", [](const Pairs& pairs, const Numbers& counts, const Numbers& weights, int64_t overhead,
-                       int64_t merge_cost, int64_t workers) {
-    return makespan(to_boundaries(pairs, counts), counts, weights, overhead, merge_cost, workers);
+  m.def("makespan", [](const Pairs& pairs, const Numbers& counts, const Numbers& weights, const Costs& costs) {
+    return makespan(to_boundaries(pairs, counts), counts, weights, to_costs(costs));
   });
   m.def("first_slots", [](const Pairs& pairs, const Numbers& counts, bool per_unit) {
     return first_slots(to_boundaries(pairs, counts), counts, per_unit ? SlotHolds::unit : SlotHolds::segment);

@@ -68,9 +68,12 @@ Boundary boundary_at(const Items& items, const ScheduleCosts& c, int64_t x, int6
 void fill_stream(std::vector<Boundary>& out, const Items& items, const ScheduleCosts& c, int64_t workers) {
   out.resize(workers + 1);
   out[0] = {0, 0};
-  int64_t total = items.total(), share = divide_up(total, workers);
+  // A cut costs its two pieces an overhead and two merges: the first worker, who continues nothing, has room for more.
+  int64_t total = items.total(), lead = c.overhead + c.merge_cost;
+  int64_t step = divide_up(std::max<int64_t>(0, total - lead - c.merge_cost), workers);
+  int64_t last = std::max<int64_t>(0, items.size - 1);
   for (int64_t p = 1; p < workers; ++p)
-    out[p] = boundary_at(items, c, std::min(p * share, total), std::min(out[p - 1].item, std::max<int64_t>(0, items.size - 1)));
+    out[p] = boundary_at(items, c, std::min(lead + p * step, total), std::min(out[p - 1].item, last));
   out[workers] = {items.size, 0};
 }
 
@@ -195,35 +198,32 @@ std::vector<int64_t> item_starts(const std::vector<int64_t>& counts, const std::
 }
 
 std::vector<Boundary> stream_boundaries(const std::vector<int64_t>& counts, const std::vector<int64_t>& weights,
-                                        int64_t overhead, int64_t workers, int64_t snap) {
+                                        const ScheduleCosts& costs) {
   std::vector<int64_t> starts;
   std::vector<Boundary> out;
-  ScheduleCosts costs{overhead, 0, workers, snap};
-  fill_stream(out, checked_items(starts, counts, weights, costs), costs, workers);
+  fill_stream(out, checked_items(starts, counts, weights, costs), costs, costs.workers);
   return out;
 }
 
 std::vector<Boundary> equal_boundaries(const std::vector<int64_t>& counts, const std::vector<int64_t>& weights,
-                                       int64_t overhead, int64_t workers, int64_t snap) {
+                                       const ScheduleCosts& costs) {
   std::vector<int64_t> starts;
   std::vector<Boundary> out;
-  ScheduleCosts costs{overhead, 0, workers, snap};
   fill_equal(out, checked_items(starts, counts, weights, costs), costs);
   return out;
 }
 
 std::vector<Boundary> best_boundaries(const std::vector<int64_t>& counts, const std::vector<int64_t>& weights,
-                                      int64_t overhead, int64_t merge_cost, int64_t workers, int64_t snap) {
-  item_starts(counts, weights, overhead);  // for its checks
+                                      const ScheduleCosts& costs) {
+  item_starts(counts, weights, costs.overhead);  // for its checks
   Schedule schedule;
-  schedule.plan(counts.data(), weights.data(), static_cast<int64_t>(counts.size()), {overhead, merge_cost, workers, snap});
+  schedule.plan(counts.data(), weights.data(), static_cast<int64_t>(counts.size()), costs);
   return schedule.boundaries;
 }
 
 int64_t makespan(const std::vector<Boundary>& boundaries, const std::vector<int64_t>& counts,
-                 const std::vector<int64_t>& weights, int64_t overhead, int64_t merge_cost, int64_t workers) {
+                 const std::vector<int64_t>& weights, const ScheduleCosts& costs) {
   std::vector<int64_t> starts, free;
-  ScheduleCosts costs{overhead, merge_cost, workers, 0};
   return price(boundaries, checked_items(starts, counts, weights, costs), costs, free);
 }
 

@@ -64,13 +64,13 @@ void for_each_segment(const int64_t* counts, Boundary begin, const Boundary& end
 // The same, one by one; they allocate what they return.
 std::vector<int64_t> item_starts(const std::vector<int64_t>& counts, const std::vector<int64_t>& weights, int64_t overhead);
 std::vector<Boundary> stream_boundaries(const std::vector<int64_t>& counts, const std::vector<int64_t>& weights,
-                                        int64_t overhead, int64_t workers, int64_t snap);
+                                        const ScheduleCosts& costs);
 std::vector<Boundary> equal_boundaries(const std::vector<int64_t>& counts, const std::vector<int64_t>& weights,
-                                       int64_t overhead, int64_t workers, int64_t snap);
+                                       const ScheduleCosts& costs);
 std::vector<Boundary> best_boundaries(const std::vector<int64_t>& counts, const std::vector<int64_t>& weights,
-                                      int64_t overhead, int64_t merge_cost, int64_t workers, int64_t snap);
+                                      const ScheduleCosts& costs);
 int64_t makespan(const std::vector<Boundary>& boundaries, const std::vector<int64_t>& counts,
-                 const std::vector<int64_t>& weights, int64_t overhead, int64_t merge_cost, int64_t workers);
+                 const std::vector<int64_t>& weights, const ScheduleCosts& costs);
 std::vector<int64_t> first_slots(const std::vector<Boundary>& boundaries, const std::vector<int64_t>& counts, SlotHolds holds);
 std::vector<MergedItem> merges(const std::vector<Boundary>& boundaries, const std::vector<int64_t>& counts, SlotHolds holds);
 
