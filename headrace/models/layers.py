@@ -98,11 +98,13 @@ def attention(
     mixed = paged_attention(
         query,
         *pages,
-        page_table=step.page_table,
-        sequence_lens=step.sequence_lens,
+        step.page_table,
+        step.sequence_lens,
         query_starts=step.query_starts,
         window=window,
-    )
+        out_dtype="float32",
+        deterministic=True,  # an answer depends neither on its neighbours nor on how its prompt was cut
+    ).out
     return linear(mixed.view(config.num_heads * config.value_head_dim), weights.output, residual=x)
 
 

@@ -21,8 +21,27 @@ import numpy as np
 
 from headrace.ops.attention_options import AttentionOptions
 
-# (query, keys, values, bias, options, sinks) -> (out [queries, heads, value_dim], lse [queries, heads])
+# mixture, or another way to compute what it does
 Mix = Callable[..., tuple[np.ndarray, np.ndarray]]
+
+
+def attend(
+    query: np.ndarray,
+    keys: np.ndarray,
+    values: np.ndarray,
+    *,
+    options: AttentionOptions,
+    mask: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
+    alibi_slopes: np.ndarray | None = None,
+    mix: Mix | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """out [queries, heads, value_dim] and lse [queries, heads] of one request, by `mix` (the exact `mixture`).
+
+    mask: [heads or 1, queries or 1, columns], its last column the last key. sinks, alibi_slopes: [heads].
+    """
+    bias = position_bias(len(query), len(keys), options, mask=mask, alibi_slopes=alibi_slopes)
+    return (mix or mixture)(query, keys, values, bias=bias, options=options, sinks=sinks)
 
 
 def mixture(
@@ -35,7 +54,7 @@ def mixture(
     sinks: np.ndarray | None = None,
     dtype: Any = np.float64,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """out [queries, heads, value_dim] and lse [queries, heads] of one request; bias [heads or 1, queries, keys]."""
+    """The formula, given the bias [heads or 1, queries, keys]."""
     group = query.shape[1] // keys.shape[1]
     query, keys, values = (
         query.astype(dtype),
@@ -88,10 +107,7 @@ def position_bias(
     mask: np.ndarray | None = None,
     alibi_slopes: np.ndarray | None = None,
 ) -> np.ndarray:
-    """What is added to the scores, [heads or 1, queries, keys]; -inf where a query does not see a key.
-
-    mask: [heads or 1, queries, columns], its last column the last key. alibi_slopes: [heads].
-    """
+    """What is added to the scores, [heads or 1, queries, keys]; -inf where a query does not see a key."""
     bias = np.where(visible(num_queries, num_keys, options), 0.0, -np.inf)[None]
     if alibi_slopes is not None:
         distance = np.abs(np.arange(num_keys) - own_keys(num_queries, num_keys, options.align)[:, None])

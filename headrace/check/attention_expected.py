@@ -1,0 +1,81 @@
+"""Whether a kernel holds its error budget on a named case of attention: out and lse, against the float64 formula."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from headrace.check.attention_batch import attention_batch, op_of, reference, straightforward
+from headrace.check.attention_cases import AttentionCase
+from headrace.check.compare import assert_within_budget, poisoned, rounded
+from headrace.kernels.cpu.arrays import Buffer, dtype_name, empty_like
+from headrace.machine import this_machine
+from headrace.ops import attention, paged_attention
+from headrace.ops.attention_options import AttentionResult
+from headrace.ops.attention_request import Call, kernels
+from headrace.ops.select import Reason
+
+
+def prepared(batch: dict[str, Any]) -> Call:
+    """The call with these arguments."""
+    paged = "page_table" in batch
+    return paged_attention.prepared(**batch) if paged else attention.prepared(**batch)
+
+
+def why_not(kernel: str, batch: dict[str, Any]) -> list[Reason]:
+    """Why that kernel cannot run with these arguments."""
+    [found] = [each for each in kernels() if each.name == kernel]
+    return found.why_not(prepared(batch).request())
+
+
+def computed(case: AttentionCase, batch: dict[str, Any], out_dtype: str = "float32", **options: Any) -> AttentionResult:
+    """The op with these arguments, written over NaN."""
+    out = poisoned(case.out_shape, out_dtype)
+    result = op_of(case)(**{**batch, **options}, out=out)
+    assert result.out is out
+    return result
+
+
+@functools.lru_cache(maxsize=8)
+def expected(
+    case: AttentionCase, dtype: str, query_dtype: str, seed: int
+) -> tuple[dict[str, Any], AttentionResult, dict[str, AttentionResult]]:
+    """A batch, what is exact for it, and what straightforward computations make of it, by arithmetic; filled when asked."""
+    batch = attention_batch(case, dtype, query_dtype, seed)
+    return batch, reference(case, batch), {}
+
+
+def assert_kernel_holds(
+    case: AttentionCase,
+    kernel: str,
+    dtype: str = "float32",
+    query_dtype: str = "float32",
+    *,
+    out_dtype: str = "float32",
+    precision: str = "auto",
+    seed: int = 0,
+    **options: Any,
+) -> None:
+    """Raises AssertionError where the kernel's out or lse is outside its budget."""
+    batch, exact, plain = expected(case, dtype, query_dtype, seed)
+    [found] = [each for each in kernels() if each.name == kernel]
+    arithmetic = found.planned(prepared(batch | {"precision": precision}).request(), this_machine()).arithmetic
+    if arithmetic not in plain:
+        plain[arithmetic] = straightforward(case, batch, exact, arithmetic)
+    got = computed(case, batch, out_dtype, kernel=kernel, precision=precision, **options)
+    assert_close(got, exact, plain[arithmetic])
+
+
+def assert_close(got: AttentionResult, exact: AttentionResult, plain: AttentionResult) -> None:
+    """Raises AssertionError where out or lse is farther from the exact than the straightforward computation allows."""
+    for got_part, exact_part, plain_part in ((got.out, exact.out, plain.out), (got.lse, exact.lse, plain.lse)):
+        dtype = dtype_name(got_part)
+        assert_within_budget(got_part, exact_part, rounded(plain_part, dtype), dtype)
+
+
+def poisoned_like(array: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """`empty_like` of the array border, with NaN in it."""
+    made = empty_like(array, shape, dtype)
+    if not isinstance(array, Buffer):
+        made[...] = float("nan")
+    return made

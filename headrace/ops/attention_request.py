@@ -1,0 +1,235 @@
+"""What a call of any attention op moves and computes, which kernels there are for it, and how they are run.
+
+A cached byte is read once per request, whatever number of queries and heads share it; each query row multiplies every
+key and every value it sees. Kernels: float32 arithmetic in three instruction sets, for every type; bfloat16 products
+with float32 sums where an instruction set has them; float64.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from headrace.errors import ArgumentError
+from headrace.kernels.cpu.arrays import dtype_name, empty_like, shape_of
+from headrace.machine import KernelSpeed, Machine
+from headrace.ops.attention_checks import FLOATS, check_shape, check_type
+from headrace.ops.attention_options import AttentionOptions, AttentionResult, checked_options
+from headrace.ops.select import Kernel, Plan, Reason, Request, Traffic, choose
+
+WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "bool": 1}
+OPTION_NAMES = {field.name for field in fields(AttentionOptions)}
+ARRAY_NAMES = {
+    *("query", "key", "value", "query_starts", "key_starts", "key_lens", "page_table"),
+    *("key_scales", "value_scales", "mask", "sinks", "alibi_slopes"),
+}
+WITH_BFLOAT16_PRODUCTS: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much there is of everything: of all requests together, except where it says per."""
+
+    requests: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """A checked call: its arrays by the words of the native side, the sizes, and the options."""
+
+    op: str
+    arrays: Mapping[str, Any]
+    extent: Extent
+    options: AttentionOptions
+    mask_text: str | None = None  # what a mask was recognised as
+
+    def request(self, out_dtype: str | None = None) -> Request:
+        """What the choice of a kernel goes by. out_dtype: the query's when None."""
+        shapes = {name: shape_of(array, name) for name, array in self.arrays.items()}
+        dtypes = {name: dtype_name(array) for name, array in self.arrays.items()}
+        dtypes["out"] = out_dtype or dtypes["query"]
+        asked = attention_request(self.op, self.extent, self.options, shapes=shapes, dtypes=dtypes)
+        return replace(asked, options={**asked.options, "mask": self.mask_text}) if self.mask_text else asked
+
+
+def split_arguments(given: Mapping[str, Any], head_dim: int) -> tuple[dict[str, Any], AttentionOptions]:
+    """The arrays of a call, without those that are None, and its options, checked."""
+    options = checked_options(head_dim, **{name: given[name] for name in OPTION_NAMES & set(given)})
+    arrays = {name: array for name, array in given.items() if name not in OPTION_NAMES and array is not None}
+    unknown = sorted(set(arrays) - ARRAY_NAMES)
+    if unknown:
+        raise ArgumentError(f"{unknown[0]}: attention takes no argument of this name")
+    return arrays, options
+
+
+def launch(
+    call: Call, result: AttentionResult, *, kernel: str | None = None, require: Sequence[str] = ()
+) -> AttentionResult:
+    """Fills the result by the kernel chosen, or the one asked for."""
+    chosen = choose(kernels(), call.request(dtype_name(result.out)), kernel, require)
+    chosen.run({**call.arrays, "out": result.out, "lse": result.lse}, call.options.native())
+    return result
+
+
+def outputs(call: Call, out: Any, out_dtype: str | None) -> AttentionResult:
+    """Where the results go: `out` when given, else an array of out_dtype, by default the query's type."""
+    query = call.arrays["query"]
+    rows, exact = shape_of(query, "query")[:-1], dtype_name(query) == "float64"
+    allowed = ("float64",) if exact else FLOATS[:3]
+    wanted = out_dtype or dtype_name(query if out is None else out)
+    if wanted not in allowed:
+        raise ArgumentError(f"out_dtype: expected {' or '.join(allowed)}, got {wanted!r}")
+    if out is None:
+        out = empty_like(query, (*rows, call.extent.value_dim), wanted)
+    check_shape("out", out, (*rows, call.extent.value_dim))
+    check_type("out", out, (wanted,))
+    return AttentionResult(out, empty_like(query, rows, "float64" if exact else "float32"))
+
+
+def attention_request(
+    op: str,
+    extent: Extent,
+    options: AttentionOptions,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+) -> Request:
+    """The request of a call, from sizes and types alone."""
+    said = {
+        "causal": options.causal,
+        "align": options.align,
+        "window": options.window,
+        "softcap": options.softcap,
+        "precision": options.precision,
+        "deterministic": options.deterministic,
+        "num_keys": extent.keys,
+    }
+    return Request(op, shapes, dtypes, _traffic(extent, options, shapes, dtypes), said)
+
+
+def _traffic(
+    extent: Extent, options: AttentionOptions, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
+) -> Traffic:
+    requests = max(extent.requests, 1)
+    queries, keys = -(-extent.queries // requests), extent.keys // requests  # of a request, as if all were alike
+    seen = seen_pairs(queries, keys, options) * extent.queries // max(queries, 1)
+    read = keys_read(queries, keys, options) * requests
+    both = extent.head_dim + extent.value_dim
+    key_bytes = both * WIDTHS[dtypes["key"]] // (2 if dtypes["key"] == "uint8" else 1)
+    key_bytes += 4 * ("key_scales" in shapes) + 4 * ("value_scales" in shapes)
+    row_bytes = extent.head_dim * WIDTHS[dtypes["query"]] + extent.value_dim * WIDTHS[dtypes["out"]] + 4
+    num_bytes = read * extent.kv_heads * key_bytes + extent.queries * extent.heads * row_bytes
+    if "mask" in shapes:
+        num_bytes += math.prod(shapes["mask"]) * WIDTHS[dtypes["mask"]]
+    return Traffic(num_bytes, 2 * seen * extent.heads * both, _unit(dtypes, options))
+
+
+def seen_pairs(num_queries: int, num_keys: int, options: AttentionOptions) -> int:
+    """Pairs of a query and a key it sees, by causality and window."""
+    own = num_keys - num_queries if options.align == "bottom_right" else 0  # of the first query
+    upto, before = num_queries * num_keys, 0
+    if options.right is not None:
+        upto = _sum_of_clipped(own + options.right + 1, num_queries, num_keys)
+    if options.left is not None:
+        before = _sum_of_clipped(own - options.left, num_queries, num_keys)
+    return upto - before
+
+
+def _sum_of_clipped(start: int, count: int, limit: int) -> int:
+    """Sum of start, start + 1, ... (`count` of them), each held within 0 .. limit."""
+
+    def below(end: int) -> int:
+        rising = min(max(end, 0), limit + 1)
+        return rising * (rising - 1) // 2 + max(end - limit - 1, 0) * limit
+
+    return below(start + count) - below(start)
+
+
+def keys_read(num_queries: int, num_keys: int, options: AttentionOptions) -> int:
+    """Keys of a request that any of its queries sees."""
+    own = num_keys - num_queries if options.align == "bottom_right" else 0
+    first = 0 if options.left is None else max(own - options.left, 0)
+    end = num_keys if options.right is None else min(own + num_queries + options.right, num_keys)
+    return max(end - first, 0) if num_queries else 0
+
+
+def _unit(dtypes: Mapping[str, str], options: AttentionOptions) -> str:
+    if dtypes["query"] == "float64":
+        return "fp64"
+    narrow = WITH_BFLOAT16_PRODUCTS and not why_not_bfloat16(dtypes, options.precision)
+    return "bf16" if narrow else "fp32"
+
+
+# Kernels
+
+
+def why_not_bfloat16(dtypes: Mapping[str, str], precision: str) -> list[Reason]:
+    """Why products may not be in bfloat16."""
+    if dtypes["query"] == "float64":
+        return [Reason("dtype of query", "float64", "float32, float16 or bfloat16", "cpu_float64 computes in float64")]
+    if precision == "exact":
+        return [Reason("precision", "exact", "auto or fast", "exact is float32 arithmetic")]
+    wide = [name for name in ("query", "key") if dtypes[name] != "bfloat16"]
+    if precision == "auto" and wide:
+        return [Reason(f"dtype of {wide[0]}", dtypes[wide[0]], "bfloat16", 'or precision="fast"')]
+    return []
+
+
+def _why_not_products(request: Request) -> list[Reason]:
+    return why_not_bfloat16(request.dtypes, request.options["precision"])
+
+
+def _why_not_single(request: Request) -> list[Reason]:
+    if request.dtypes["query"] != "float64":
+        return []
+    return [Reason("dtype of query", "float64", "float32, float16 or bfloat16", "cpu_float64 computes in float64")]
+
+
+def _why_not_double(request: Request) -> list[Reason]:
+    got = request.dtypes["query"]
+    return [] if got == "float64" else [Reason("dtype of query", got, "float64", "")]
+
+
+def _planned(arithmetic: str, request: Request, machine: Machine) -> Plan:
+    invariant = bool(request.options["deterministic"])
+    notes = (f"mask recognised as {request.options['mask']}",) if "mask" in request.options else ()
+    return Plan(workers=machine.cores, batch_invariant=invariant, arithmetic=arithmetic, notes=notes)
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    """The kernels of dense, ragged and paged attention, imported when first asked for."""
+    from headrace.kernels import cpu
+    from headrace.kernels.cpu import attention
+    from headrace.ops.per_isa import cpu_kernel
+
+    def of(level: str, arithmetic: str) -> Kernel:
+        why_not = _why_not_products if arithmetic == "bf16" else _why_not_single
+        run = functools.partial(attention.run, arithmetic=arithmetic)
+        return cpu_kernel(level, run, why_not, functools.partial(_planned, arithmetic))
+
+    single = [of(level, "fp32") for level in reversed(cpu.ISAS[:3])]
+    return *[of(level, "bf16") for level in reversed(WITH_BFLOAT16_PRODUCTS)], *single, _double_kernel()
+
+
+def _double_kernel() -> Kernel:
+    from headrace.kernels import cpu
+    from headrace.kernels.cpu import attention
+    from headrace.ops.per_isa import CALL_SECONDS, predicted_seconds
+
+    def run(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        attention.run(min(cpu.isa(), cpu.ISAS[2], key=cpu.ISAS.index), arrays, options, arithmetic="fp64")
+
+    def cost(request: Request, machine: Machine) -> float:
+        return predicted_seconds(request, machine, "cpu_float64", KernelSpeed(CALL_SECONDS, 0.5))
+
+    return Kernel("cpu_float64", _why_not_double, cost, run, functools.partial(_planned, "fp64"))
