@@ -83,6 +83,27 @@ static void score_rows(const AttentionCall& c, const float* query, const typenam
   }
 }
 
+// The same, each product after the one before, as the tile kernel sums them: sixteen keys are transposed in registers.
+template <class E, int rows>
+static void score_rows_in_order(const AttentionCall& c, const float* query, const typename E::type* base, const Places& places,
+                                const Due<E>& due, float* scores) {
+  int64_t stride = padded_lanes(c.head_dim);
+  for (int64_t first = 0; first < places.count; first += kLanes) {
+    Floats acc[rows], square[kLanes];
+    for (int r = 0; r < rows; ++r) acc[r] = zero();
+    for (int64_t j = 0; j < c.head_dim; j += kLanes) {
+      for (int i = 0; i < kLanes; ++i) {
+        HEADRACE_PREFETCH(E::at(due.key(first + i), j));
+        square[i] = load_first<E>(E::at(base, places.key[lesser(first + i, places.count - 1)] + j), c.head_dim - j);
+      }
+      transpose(square);
+      for (int64_t i = 0; i < lesser(kLanes, c.head_dim - j); ++i)
+        for (int r = 0; r < rows; ++r) acc[r] = fma(broadcast(query[r * stride + j + i]), square[i], acc[r]);
+    }
+    for (int r = 0; r < rows; ++r) store(scores + r * kKeyBlock + first, acc[r]);
+  }
+}
+
 // acc [rows, columns of 16 lanes] = acc * keep + weights values, the block summed by itself: sums of sums round less.
 // `width`: lanes of the last column that exist.
 template <class E, int rows, int columns>
@@ -146,7 +167,9 @@ static void attend_block(const AttentionCall& c, const AttentionWork& w, int64_t
   const Due<E> own{keys, values, &places};  // for rows after the first four
   for (int64_t r = 0; r < rows;)
     r += take_rows(rows - r, [&](auto n) {
-      score_rows<E, decltype(n)::value>(c, query + r * padded_lanes(c.head_dim), keys, places, r ? own : later, scores + r * kKeyBlock);
+      constexpr int some = decltype(n)::value;
+      auto score = w.in_order ? score_rows_in_order<E, some> : score_rows<E, some>;
+      score(c, query + r * padded_lanes(c.head_dim), keys, places, r ? own : later, scores + r * kKeyBlock);
     });
   bool key_scales = E::scaled && c.key_scales, value_scales = E::scaled && c.value_scales;
   if (key_scales) load_scales(c.key_scales, places.key_scale, places.count, kv_head * c.key_scale_strides.head, factors);

@@ -52,6 +52,7 @@ struct AttentionWork {
   float* partial;        // unfinished rows of the first chunk [heads, rows, partial_stride]; null: rows are finished
   int64_t partial_step;  // floats from one chunk's to the next one's
   float* scratch;
+  bool in_order;         // few rows: sum products as the tile kernel does, element after element
 };
 
 // The unfinished rows of one KV head of an item: `pieces` of each, `step` floats apart, in the order of their keys.

@@ -183,7 +183,9 @@ class Attention : public Op {
     return w;
   }
 
-  bool few(int64_t rows) const { return rows <= kFewRows && !o_.batch_invariant && few_kernel(); }
+  bool few(int64_t rows) const { return rows <= kFewRows && few_kernel() && (!o_.batch_invariant || in_order()); }
+  // Whether the decode kernel gives the bits of the tile kernel, which multiplies codes by their scales first.
+  bool in_order() const { return o_.arithmetic == Arithmetic::fp32 && !t_.key_scales && !t_.value_scales; }
   void (*few_kernel() const)(const AttentionCall&, const AttentionWork&) {
     return o_.arithmetic == Arithmetic::bf16   ? kernels_.attend_few_bf16
            : o_.arithmetic == Arithmetic::fp32 ? kernels_.attend_few
@@ -221,7 +223,9 @@ class Attention : public Op {
   void add_items(int64_t r, const Asked& a, const AttentionCall& c, int64_t workers) {
     if (a.query_len == 0) return;
     AttentionWork w = work_of(r, a);
-    bool few_rows = few(a.query_len * group());
+    // NOTE: the decode kernel sums the weights of a block in another order where its first block begins late.
+    bool late = o_.batch_invariant && keys_seen(c, w, 0, a.query_len).begin % kKeyBlock;
+    bool few_rows = few(a.query_len * group()) && !late;
     bool together = few_rows && divide_up(a.key_len, kKeyBlock) >= kTogetherBlocks * workers;
     int64_t rows = std::clamp(a.query_len * group() / 8, kLeastTile, kLargestTile), heads = together ? kv_heads() : 1;
     int64_t tile = few_rows ? a.query_len : std::max<int64_t>(1, rows / group());
@@ -287,6 +291,7 @@ class Attention : public Op {
     w.key_end = end < 0 ? item.key_end : std::min(item.key_end, (item.first_unit + end) * unit);
     w.chunk_len = o_.batch_invariant ? unit : 0;
     w.partial_step = slot_floats_;
+    w.in_order = o_.batch_invariant;
     if (slot >= 0) w.partial = partial_ + slot * slot_floats_;
     check_pages(item.request, w);
     int64_t rows = num_rows(c, w), heads = item.head_end - item.head_begin;
