@@ -30,23 +30,31 @@ DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def merge_attention(
-    parts: Sequence[Part], *, sinks: Any = None, out_dtype: str | None = None, kernel: str | None = None
+    parts: Sequence[Part],
+    *,
+    sinks: Any = None,
+    out: AttentionResult | None = None,
+    out_dtype: str | None = None,
+    kernel: str | None = None,
 ) -> AttentionResult:
     """The attention over the keys of all parts, each an AttentionResult or (out, lse); any number, one at least.
 
-    out: float32, float16, bfloat16, of a type of its own in each part, or float64 in all; lse: float32. out_dtype: the
-    widest of the parts' when not given. sinks: float32 [heads], which the parts must not contain. Arrays come back as
-    those of the first part. Raises ArgumentError for parts that do not fit each other.
+    Each part's out: float32, float16 or bfloat16, beside lse float32; or both float64 in all parts. sinks: float32
+    [heads], which the parts must not contain. out: written in place when given; else arrays of the first part's kind,
+    in out_dtype, by default the widest of the parts'. Raises ArgumentError for parts that do not fit each other.
     """
     outs, lses = _split(parts)
-    out_dtype = out_dtype or max((dtype_name(out) for out in outs), key=_width)
+    dtypes = [dtype_name(part) for part in outs]
+    out_dtype = out_dtype or (max(dtypes, key=_width) if out is None else dtype_name(out.out))
     if out_dtype not in DTYPES:
         raise ArgumentError(f"out_dtype: expected one of {', '.join(DTYPES)}, got {out_dtype!r}")
     shape = shape_of(outs[0], "parts[0].out")
-    asked = request([shape] * len(outs), [dtype_name(out) for out in outs], out_dtype)
-    merged = AttentionResult(empty_like(outs[0], shape, out_dtype), empty_like(outs[0], shape[:-1], "float32"))
-    choose(kernels(), asked, kernel).run(outs, lses, out=merged.out, lse=merged.lse, sinks=sinks)
-    return merged
+    if out is None:
+        lse_dtype = "float64" if out_dtype == "float64" else "float32"
+        out = AttentionResult(empty_like(outs[0], shape, out_dtype), empty_like(outs[0], shape[:-1], lse_dtype))
+    asked = request([shape] * len(outs), dtypes, out_dtype)
+    choose(kernels(), asked, kernel).run(outs, lses, out=out.out, lse=out.lse, sinks=sinks)
+    return out
 
 
 def reference(

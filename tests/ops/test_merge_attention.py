@@ -86,16 +86,29 @@ def test_parts_and_outputs_have_types_of_their_own(dtype, out_dtype):
 
 
 def test_float64_stays_float64():
-    parts = random_parts((30, 4, 40), 4, "float64")
+    parts = [(out, lse.astype(np.float64) / 3) for out, lse in random_parts((30, 4, 40), 4, "float64")]
     sinks = np.zeros(4, np.float32)
-    merged, exact = op.merge_attention(parts, sinks=sinks), op.reference(parts, sinks)
-    assert merged.out.dtype == np.float64
+    merged, exact = op.merge_attention(parts, sinks=sinks), op.reference(parts, sinks, np.longdouble)
+    assert merged.out.dtype == merged.lse.dtype == np.float64
     random = np.random.default_rng(0)
-    others = [op.reference([parts[i] for i in random.permutation(4)], sinks)[0] for _ in range(3)]
-    assert np.max(np.abs(merged.out - exact[0])) <= 2 * (
-        max(np.max(np.abs(other - exact[0])) for other in others) + 2.0**-53 * np.max(np.abs(exact[0]))
-    )
-    assert_merged(AttentionResult(merged.out.astype(np.float32), merged.lse), parts, sinks=sinks)
+    others = [op.reference([parts[i] for i in random.permutation(4)], sinks) for _ in range(3)]
+    nothing = np.isneginf(exact[1])
+    assert np.array_equal(np.isneginf(merged.lse), nothing)
+    for got, want, plain in zip((merged.out, merged.lse), exact, zip(*others, strict=True), strict=True):
+        want = np.where(np.isneginf(want), 0, want)
+        largest = max(np.max(np.abs(np.where(np.isneginf(other), 0, other) - want)) for other in plain)
+        assert np.max(np.abs(np.where(np.isneginf(got), 0, got) - want)) <= 2 * (
+            largest + 2.0**-53 * np.max(np.abs(want))
+        )
+
+
+def test_what_is_given_is_written():
+    parts = random_parts((6, 4, 40), 3, "float16")
+    out = AttentionResult(np.full((8, 4, 40), np.nan, np.float16), np.full((8, 4), np.nan, np.float32))
+    place = AttentionResult(out.out[1:7], out.lse[1:7])
+    assert op.merge_attention(parts, out=place) is place
+    assert_merged(place, parts, "float16")
+    assert np.isnan(out.out[[0, 7]]).all() and np.isnan(out.lse[[0, 7]]).all()
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,5 @@
-// merge_attention as an op: chunks are blocks of rows, a row being one head of one token. float64 here, in plain loops.
+// merge_attention as an op: chunks are blocks of rows, a row being one head of one token. float64 (out and lse) here, in
+// plain loops.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -33,13 +34,14 @@ class MergeAttention : public Op {
     char* scratch = worker.scratch(bytes);
     auto* parts = reinterpret_cast<MergePart*>(scratch + (count + kLanesPadding) * 8);
     for (int64_t i = chunk * step_; i < end; ++i) {
+      if (t_.out->dtype == DType::f64) {
+        merge_doubles(i, reinterpret_cast<double*>(scratch));
+        continue;
+      }
       find_parts(i, parts);
-      float sink = t_.sinks ? t_.sinks->at<float>()[i % heads_ * t_.sinks->row_stride()] : -std::numeric_limits<float>::infinity();
-      MergeArgs a{parts, count, value_dim_, sink, reinterpret_cast<float*>(scratch), row_of(*t_.out, i), t_.out->dtype, lse_of(*t_.lse, i)};
-      if (a.out_type == DType::f64)
-        merge_doubles(a, reinterpret_cast<double*>(scratch));
-      else
-        kernels_.merge_parts(a);
+      MergeArgs a{parts, count, value_dim_, sink_of(i), reinterpret_cast<float*>(scratch), row_of(*t_.out, i), t_.out->dtype,
+                  lse_of<float>(*t_.lse, i)};
+      kernels_.merge_parts(a);
     }
   }
 
@@ -47,33 +49,37 @@ class MergeAttention : public Op {
   char* row_of(const Tensor& t, int64_t i) const {
     return t.row(i / per_row_) + i % per_row_ * value_dim_ * t.item_bytes();
   }
-  float* lse_of(const Tensor& t, int64_t i) const { return t.row_as<float>(i / per_row_) + i % per_row_; }
+  template <class T> T* lse_of(const Tensor& t, int64_t i) const { return t.row_as<T>(i / per_row_) + i % per_row_; }
+  float sink_of(int64_t i) const {
+    return t_.sinks ? t_.sinks->at<float>()[i % heads_ * t_.sinks->row_stride()] : -std::numeric_limits<float>::infinity();
+  }
 
   void find_parts(int64_t i, MergePart* parts) const {
     for (size_t p = 0; p < t_.outs.size(); ++p)
-      parts[p] = MergePart{row_of(*t_.outs[p], i), *lse_of(*t_.lses[p], i), t_.outs[p]->dtype};
+      parts[p] = MergePart{row_of(*t_.outs[p], i), *lse_of<float>(*t_.lses[p], i), t_.outs[p]->dtype};
   }
 
-  static void merge_doubles(const MergeArgs& a, double* weights) {
+  void merge_doubles(int64_t i, double* weights) const {
     constexpr double kNothing = -std::numeric_limits<double>::infinity();
-    double top = kNothing, total = 0;
+    double top = kNothing, total = 0, sink = sink_of(i);
     bool seen = false;
-    for (int64_t p = 0; p < a.num_parts; ++p) {
-      seen |= a.parts[p].lse != kNothing;
-      top = a.parts[p].lse > top ? a.parts[p].lse : top;
+    for (size_t p = 0; p < t_.outs.size(); ++p) {
+      weights[p] = *lse_of<double>(*t_.lses[p], i);
+      seen |= weights[p] != kNothing;
+      top = weights[p] > top ? weights[p] : top;
     }
-    for (int64_t p = 0; p < a.num_parts; ++p) {
-      weights[p] = a.parts[p].lse == kNothing ? 0.0 : std::exp(a.parts[p].lse - top);
-      total += weights[p];
+    auto* out = reinterpret_cast<double*>(row_of(*t_.out, i));
+    for (int64_t j = 0; j < value_dim_; ++j) out[j] = 0;
+    for (size_t p = 0; p < t_.outs.size(); ++p) {
+      if (weights[p] == kNothing) continue;
+      double weight = std::exp(weights[p] - top);
+      const auto* part = reinterpret_cast<const double*>(row_of(*t_.outs[p], i));
+      for (int64_t j = 0; j < value_dim_; ++j) out[j] += weight * part[j];
+      total += weight;
     }
-    *a.lse = seen ? static_cast<float>(top + std::log(total)) : static_cast<float>(kNothing);
-    double divisor = total + (a.sink == kNothing ? 0.0 : std::exp(a.sink - top));
-    for (int64_t j = 0; j < a.value_dim; ++j) {
-      double mixed = 0;
-      for (int64_t p = 0; p < a.num_parts; ++p)
-        if (a.parts[p].lse != kNothing) mixed += weights[p] * reinterpret_cast<const double*>(a.parts[p].out)[j];
-      reinterpret_cast<double*>(a.out)[j] = seen ? mixed / divisor : 0.0;
-    }
+    *lse_of<double>(*t_.lse, i) = seen ? top + std::log(total) : kNothing;
+    double divisor = total + (sink == kNothing ? 0.0 : std::exp(sink - top));
+    for (int64_t j = 0; seen && j < value_dim_; ++j) out[j] /= divisor;
   }
 
   const Kernels& kernels_;
@@ -91,18 +97,19 @@ void check(const Expect& expect, const MergeTensors& t) {
   const auto &out = t.out->shape, &lse = t.lse->shape;
   expect.that(lse.size() >= 2 && out.size() == lse.size() + 1 && std::equal(lse.begin(), lse.end(), out.begin()), "out",
               "[..., heads, value_dim] beside lse [..., heads]", shape_text(*t.out) + " beside " + shape_text(*t.lse));
+  bool wide = t.out->dtype == DType::f64;
   for (size_t i = 0; i < t.outs.size(); ++i) {
-    std::string part = "parts[" + std::to_string(i) + "]";
-    check_like(expect, *t.outs[i], *t.out, part + ".out");
-    check_like(expect, *t.lses[i], *t.lse, part + ".lse");
-    if (t.out->dtype == DType::f64)
-      expect.dtype(*t.outs[i], (part + ".out").c_str(), {DType::f64});
+    std::string part_out = "parts[" + std::to_string(i) + "].out", part_lse = "parts[" + std::to_string(i) + "].lse";
+    check_like(expect, *t.outs[i], *t.out, part_out);
+    check_like(expect, *t.lses[i], *t.lse, part_lse);
+    if (wide)
+      expect.dtype(*t.outs[i], part_out.c_str(), {DType::f64});
     else
-      expect.dtype(*t.outs[i], (part + ".out").c_str(), {DType::f32, DType::f16, DType::bf16});
-    expect.dtype(*t.lses[i], (part + ".lse").c_str(), {DType::f32});
+      expect.dtype(*t.outs[i], part_out.c_str(), {DType::f32, DType::f16, DType::bf16});
+    expect.dtype(*t.lses[i], part_lse.c_str(), {wide ? DType::f64 : DType::f32});
   }
   expect.dtype(*t.out, "out", {DType::f32, DType::f16, DType::bf16, DType::f64});
-  expect.dtype(*t.lse, "lse", {DType::f32});
+  expect.dtype(*t.lse, "lse", {wide ? DType::f64 : DType::f32});
   expect.packed(*t.out, "out");
   expect.packed(*t.lse, "lse");
   if (!t.sinks) return;

@@ -72,7 +72,7 @@ struct AttentionOptions {
 };
 void submit_attention(Runner& runner, Isa isa, const AttentionTensors& tensors, const AttentionOptions& options);
 
-// parts of one attention, each out [..., heads, value_dim] f32|f16|bf16 (or all f64) and lse [..., heads] f32 -> the whole, the
+// parts of one attention, each out [..., heads, value_dim] f32|f16|bf16 and lse [..., heads] f32, or all f64 -> the whole, the
 // same shapes. sinks [heads] f32 may be absent.
 struct MergeTensors {
   std::vector<TensorRef> outs, lses;
