@@ -27,8 +27,26 @@ HELP = {
     "stop": "End before this text; may be given several times.",
     "threads": "Threads to compute with; all usable cores when not given.",
     "context_len": "Tokens to keep room for; the model's own when not given.",
-    "kv_dtype": "What the cache of keys and values holds: float16, bfloat16 or float32.",
+    "kv_dtype": "What the cache of keys and values holds: float16, bfloat16 or float32; explain: int8, int4, fp8 too.",
     "chunk_len": "Tokens of a prompt computed in one step.",
+    "tokens": "linear, rms_norm: rows of activations.",
+    "dim": "linear, rms_norm: elements of a row.",
+    "rows": "linear: rows of the weight.",
+    "weight": "linear: format of the weight.",
+    "batch": "Attention: requests, all alike.",
+    "query_len": "Attention: queries of each request.",
+    "kv_len": "Attention: keys of each request, the new ones included.",
+    "query_heads": "Attention: heads of the query.",
+    "kv_heads": "Attention: heads of keys and values.",
+    "head_dim": "Attention: elements of a head; mla_attention: latent and rotated ones together.",
+    "value_dim": "Attention: elements of a value; as head_dim when 0, for mla_attention 64 fewer.",
+    "page_size": "paged_attention, mla_attention: tokens of a page.",
+    "dtype": "Attention: fp32, fp16, bf16 or fp64 (or float32, ...).",
+    "full": "attention: every query sees every key, in place of those up to its own.",
+    "window_left": "Attention: keys seen before a query's own; -1: all.",
+    "precision": "auto, exact or fast.",
+    "deterministic": "Attention: bits that depend on neither neighbours, chunking nor threads.",
+    "require": "A property the kernel must have; may be given several times.",
 }
 
 
@@ -38,6 +56,31 @@ class LoadOptions:
 
     threads: int | None = None
     context_len: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplainOptions:
+    """What `headrace explain` asks about; `headrace.explained` checks the values."""
+
+    tokens: int = 1
+    dim: int = 576
+    rows: int = 576
+    weight: str = "Q4_1"
+    batch: int = 1
+    query_len: int = 1
+    kv_len: int = 4096
+    query_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    value_dim: int = 0
+    page_size: int = 16
+    dtype: str = "bf16"
+    kv_dtype: str = ""
+    full: bool = False
+    window_left: int = -1
+    precision: str = "auto"
+    deterministic: bool = False
+    require: tuple[str, ...] = ()
 
 
 def with_options(verb: Callable[..., Any]) -> Callable[..., Any]:

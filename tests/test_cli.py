@@ -236,6 +236,48 @@ def test_explain_names_the_kernel_it_would_take(headrace: Headrace) -> None:
         assert ended.code == 0 and ended.out.startswith(op) and ended.out.count("chosen") == 1
 
 
+EXPLAIN_ATTENTION = ["--head-dim", "128", "--query-len", "1", "--kv-len", "32768", "--kv-heads", "8"]
+EXPLAIN_ATTENTION += ["--query-heads", "32", "--dtype", "bf16"]
+
+
+@pytest.mark.parametrize("op", ["attention", "paged_attention"])
+def test_explain_attention_is_a_table_of_every_kernel(headrace: Headrace, op: str) -> None:
+    from headrace.ops.call_request import kernels_of
+
+    ended = headrace("explain", op, *EXPLAIN_ATTENTION)
+    assert ended.code == 0 and ended.err == "" and ended.out.startswith(f"{op}: query bfloat16")
+    assert "134.2 MB" in ended.out and "predicted" in ended.out and ended.out.count("chosen") == 1
+    assert all(kernel.name in ended.out for kernel in kernels_of(op))
+
+
+@pytest.mark.parametrize(
+    "dtype,kv_dtype", [("fp64", ""), ("bf16", "int4"), ("fp32", "int8"), ("fp16", "fp8"), ("fp32", "")]
+)
+@pytest.mark.parametrize("op", ["attention", "paged_attention", "mla_attention"])
+def test_explain_knows_every_kv_format(headrace: Headrace, op: str, dtype: str, kv_dtype: str) -> None:
+    kv = ("--kv-dtype", kv_dtype) if kv_dtype else ()
+    ended = headrace("explain", op, "--dtype", dtype, *kv, "--batch", "3", "--query-len", "5", "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["request"]["op"] == op and found["chosen"]["arithmetic"] == ("fp64" if dtype == "fp64" else "fp32")
+
+
+def test_explain_shows_why_nothing_has_what_is_required(headrace: Headrace) -> None:
+    ended = headrace("explain", "attention", "--require", "batch_invariant")
+    assert ended.code == 0 and "no kernel can run this" in ended.out and "deterministic=True" in ended.out
+    ended = headrace("explain", "attention", "--deterministic", "--require", "batch_invariant")
+    assert ended.out.count("chosen") == 1
+
+
+def test_mistakes_of_explain_are_named(headrace: Headrace) -> None:
+    assert_mistake(headrace("explain", "softmax"), "op: expected one of attention, linear", "'softmax'")
+    assert_mistake(headrace("explain", "attention", "--kv-heads", "0"), "--kv-heads", ">= 1", "0")
+    assert_mistake(headrace("explain", "attention", "--dtype", "bf17"), "dtype: expected", "bf16", "'bf17'")
+    assert_mistake(headrace("explain", "attention", "--query-heads", "7"), "multiple of 8 heads", "7")
+    assert_mistake(headrace("explain", "linear", "--weight", "Q9"), "Q9")
+    assert_mistake(headrace("explain", "attention", "--require", "speed"), "require", "'speed'")
+
+
 def test_doctor_measures_and_reports(headrace: Headrace, monkeypatch: pytest.MonkeyPatch) -> None:
     from headrace.kernels import cpu
     from headrace.kernels.cpu import roof

@@ -7,6 +7,7 @@ import types
 import pytest
 
 import headrace
+from headrace import ops
 
 
 def test_the_names_are_sorted_and_whole():
@@ -57,3 +58,43 @@ def test_the_version_is_that_of_the_package():
     from importlib.metadata import version
 
     assert headrace.__version__ == version("headrace")
+
+
+NAMES_OF_OPS = [
+    "AttentionResult",
+    "append_pages",
+    "attention",
+    "choices",
+    "explain",
+    "merge_attention",
+    "mla_attention",
+    "paged_attention",
+    "reset_choices",
+]
+
+
+def in_fresh_interpreter(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_the_names_of_ops_are_sorted_and_whole():
+    assert ops.__all__ == NAMES_OF_OPS == dir(ops)
+    assert sorted(ops._HOMES) == sorted(ops.__all__)
+
+
+@pytest.mark.parametrize("name", NAMES_OF_OPS)
+def test_every_name_of_ops_is_what_it_says(name):
+    program = f"from headrace import ops; f = ops.{name}; print(callable(f), f.__name__, bool(f.__doc__))"
+    assert in_fresh_interpreter(program) == ["True", name, "True"]
+
+
+def test_asking_for_ops_loads_no_op():
+    program = (
+        "import sys, headrace.ops; print(*(n for n in sys.modules if n.startswith('headrace.ops.') or n == 'numpy'))"
+    )
+    assert in_fresh_interpreter(program) == []
+
+
+def test_an_unknown_op_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"'headrace.ops' has no attribute 'softmax'"):
+        _ = ops.softmax

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,20 @@ class Spread:
     def __str__(self) -> str:
         digits = 1 if self.median < 1000 else 0
         return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f}, {self.count})"
+
+
+def call_seconds(call: Callable[[], object], at_least_s: float = 5e-4) -> float:
+    """Seconds per call, over as many calls in a row as take `at_least_s`; a call before them warms up."""
+    call()
+    calls, seconds = 1, 0.0
+    while True:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            call()
+        seconds = time.perf_counter() - begin
+        if seconds >= at_least_s:
+            return seconds / calls
+        calls = max(2 * calls, int(1.1 * calls * at_least_s / max(seconds, 1e-9)))
 
 
 def alternate(

@@ -1,1 +1,45 @@
-"""WHAT is computed: one file per operation, each with its reference, checks, traffic and kernels."""
+"""WHAT is computed: one file per operation, each with its reference, checks, traffic and kernels.
+
+The names below are the library on its own, without the engine: attention in all its forms, what goes with it, and what
+tells why a kernel was chosen. They are imported when first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Where each public name lives.
+_HOMES = {
+    "AttentionResult": "headrace.ops.attention_options",
+    "append_pages": "headrace.ops.append_pages",
+    "attention": "headrace.ops.attention",
+    "choices": "headrace.ops.select",
+    "explain": "headrace.ops.call_request",
+    "merge_attention": "headrace.ops.merge_attention",
+    "mla_attention": "headrace.ops.mla_attention",
+    "paged_attention": "headrace.ops.paged_attention",
+    "reset_choices": "headrace.ops.select",
+}
+
+__all__ = [
+    "AttentionResult",
+    "append_pages",
+    "attention",
+    "choices",
+    "explain",
+    "merge_attention",
+    "mla_attention",
+    "paged_attention",
+    "reset_choices",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'headrace.ops' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

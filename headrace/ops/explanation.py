@@ -146,6 +146,7 @@ def _candidate(kernel: Kernel, request: Request, machine: Machine) -> Candidate:
 _HEADS = (
     "",
     "kernel",
+    "isa",
     "predicted",
     "bound by",
     "of roof",
@@ -162,6 +163,7 @@ _REFUSED_HEADS = ("", "kernel", "predicate", "observed", "required", "how to fix
 def _cells(candidate: Candidate) -> list[str]:
     return [
         candidate.kernel,
+        candidate.isa,
         _time_text(candidate.predicted_s),
         candidate.bound,
         f"{candidate.roof_fraction:.0%}",
