@@ -16,7 +16,7 @@ from headrace.check.attention_cases import AttentionCase
 from headrace.check.compare import rounded
 from headrace.check.pages import paged_arrays, unwritten, written, written_scales
 from headrace.ops import attention, paged_attention
-from headrace.ops.attention_formula import capped, per_head, visible
+from headrace.ops.attention_formula import capped, per_head
 from headrace.ops.attention_options import AttentionOptions, AttentionResult
 
 
@@ -153,7 +153,8 @@ def straightforward(
     """
     random = np.random.default_rng(0)
     worst_out, worst_lse = exact.out, exact.lse
-    for shuffle in (np.arange, *[random.permutation] * 4):
+    orders: list[Any] = [np.arange, *[random.permutation] * 4]
+    for shuffle in orders:
         mix = functools.partial(_plain_mixture, arithmetic=arithmetic, shuffle=shuffle, shift=random.random())
         other = reference(case, batch, mix)
         worst_out = _farther(worst_out, other.out, exact.out)
@@ -178,16 +179,15 @@ def _plain_mixture(
     shuffle: Callable[[int], np.ndarray],
     shift: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax as written in low precision. `shift`: weights are of exp(score - largest - shift), as of a block's own."""
+    """Softmax as written in low precision. `shift`: weights are of exp(score - largest - shift)."""
     dtype = np.float64 if arithmetic == "fp64" else np.float32
     narrow = _narrow if arithmetic == "bf16" else np.asarray
     group, order, elements = query.shape[1] // keys.shape[1], shuffle(len(keys)), shuffle(query.shape[2])
     query, keys, values = (narrow(array.astype(dtype)) for array in (query, keys[order], values[order]))
     keys, values = per_head(keys, group), per_head(values, group)
     scores = np.einsum("qhd,khd->hqk", query[..., elements], keys[..., elements], optimize=True) * dtype(options.scale)
-    scores = capped(scores, None if options.softcap is None else dtype(options.softcap)) + bias[..., order].astype(
-        dtype
-    )
+    scores = capped(scores, None if options.softcap is None else dtype(options.softcap))
+    scores = scores + bias[..., order].astype(dtype)
     largest = np.max(scores, axis=-1, initial=-np.inf)
     largest = np.where(np.isneginf(largest), dtype(0), largest) + dtype(shift if arithmetic == "bf16" else 0)
     weights = np.exp(scores - largest[..., None])

@@ -1,6 +1,6 @@
 """Named cases of dense, ragged and paged attention: one list for tests and benchmarks.
 
-Sizes are 1, primes, and one off each width a kernel steps by: lanes (16), blocks of keys (64), chunks (128), pages, tiles.
+Sizes are 1, primes, and one off each width a kernel steps by: lanes (16), blocks of keys (64), chunks, pages, tiles.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def computed(case: AttentionCase, batch: dict[str, Any], out_dtype: str = "float
 def expected(
     case: AttentionCase, dtype: str, query_dtype: str, seed: int
 ) -> tuple[dict[str, Any], AttentionResult, dict[str, AttentionResult]]:
-    """A batch, what is exact for it, and what straightforward computations make of it, by arithmetic; filled when asked."""
+    """A batch, what is exact for it, and what is straightforward for it, by arithmetic: filled when asked."""
     batch = attention_batch(case, dtype, query_dtype, seed)
     return batch, reference(case, batch), {}
 

@@ -1,7 +1,7 @@
 """A paged cache as an engine leaves it, and full of NaN wherever nothing has been written.
 
-Pages lie in random order. Page numbers past the pages in use are no page. Of formats that have no NaN, codes are garbage
-and the scales are NaN.
+Pages lie in random order. Page numbers past the pages in use are no page. Of formats that have no NaN, codes are
+garbage and the scales are NaN.
 """
 
 from __future__ import annotations

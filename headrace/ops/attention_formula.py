@@ -38,7 +38,7 @@ def attend(
 ) -> tuple[np.ndarray, np.ndarray]:
     """out [queries, heads, value_dim] and lse [queries, heads] of one request, by `mix` (the exact `mixture`).
 
-    mask: [heads or 1, queries or 1, columns], its last column the last key. sinks, alibi_slopes: [heads].
+    mask: [queries or 1, columns] or [heads or 1, queries or 1, columns], its last column the last key. sinks, alibi_slopes: [heads].
     """
     bias = position_bias(len(query), len(keys), options, mask=mask, alibi_slopes=alibi_slopes)
     return (mix or mixture)(query, keys, values, bias=bias, options=options, sinks=sinks)
@@ -113,6 +113,7 @@ def position_bias(
         distance = np.abs(np.arange(num_keys) - own_keys(num_queries, num_keys, options.align)[:, None])
         bias = bias - alibi_slopes.astype(np.float64)[:, None, None] * distance
     if mask is not None:
+        mask = mask if mask.ndim == 3 else mask[None]
         bias = np.repeat(bias, max(len(mask) // len(bias), 1), axis=0)
         used = min(mask.shape[-1], num_keys)
         bias[..., num_keys - used :] += added(mask[..., mask.shape[-1] - used :])

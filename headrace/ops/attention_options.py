@@ -125,7 +125,7 @@ def _bound(keys: int | None, window: Window) -> int | None:
 
 def _positive(name: str, value: float) -> float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, (bool, str)) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not (math.isfinite(number) and number > 0):

@@ -1,222 +1,179 @@
-"""paged_attention: every kernel x every case x every cache type, inside the error budget; and ragged batches drawn."""
+"""paged_attention: bits that depend on nothing but the sequence, strided pages, recorded programs, mistakes named."""
 
 import dataclasses
-import functools
 import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from headrace.check import cases
-from headrace.check.cases import PagedAttentionCase
-from headrace.check.compare import assert_within_budget, poisoned, rounded
-from headrace.check.pages import paged_batch
-from headrace.errors import ArgumentError, UnsupportedError
-from headrace.kernels import cpu
+from headrace.check.attention_batch import attention_batch, straightforward
+from headrace.check.attention_cases import ATTENTION, heads, paged
+from headrace.check.attention_expected import assert_close, computed, poisoned_like
+from headrace.check.compare import poisoned
+from headrace.errors import ArgumentError
 from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import Buffer, as_tensor
+from headrace.ops import attention_request
 from headrace.ops import paged_attention as op
 
-KERNELS = [kernel.name for kernel in op.kernels()]
-RAGGED = PagedAttentionCase("ragged", (1, 130, 0, 700, 90, 300), (1, 1, 0, 150, 90, 4), 12, 3, 72, page_size=16)
+RAGGED = paged("ragged", (1, 1, 0, 150, 90, 4), (1, 130, 0, 700, 90, 300), **heads(12, 3, 72))
+CASES = {case.name: case for case in ATTENTION}
+TYPES = [("float32", "float16"), ("bfloat16", "bfloat16"), ("float32", "int8"), ("float32", "uint8")]
 
 
-def options_of(case):
-    return {"window": (case.window_left, None), "softcap": case.softcap}
+@pytest.fixture(autouse=True, scope="module")
+def poison():
+    """What a kernel does not write of out and lse stays visible."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_request, "empty_like", poisoned_like)
+        yield
 
 
-def out_shape(case):
-    return (sum(case.query_lens), case.heads, case.value_dim or case.head_dim)
+def batch_of(case, query_dtype="float32", dtype="float16", **options):
+    if dtype in ("int8", "uint8"):
+        case = dataclasses.replace(case, kv_format=dtype, scales="token")
+    return attention_batch(case, dtype, query_dtype) | options
 
 
-def skip_unless_it_can_run(name):
-    kernel = next(kernel for kernel in op.kernels() if kernel.name == name)
-    reasons = kernel.why_not(None)
-    if reasons:
-        pytest.skip("; ".join(map(str, reasons)))
+def assert_same(one, other):
+    assert np.array_equal(one.out, other.out) and np.array_equal(one.lse, other.lse)
 
 
-def computed(case, batch, out_dtype="float32", **options):
-    out = poisoned(out_shape(case), out_dtype)
-    assert op.paged_attention(**batch, **options_of(case), out=out, **options) is out
-    return out
+# Programs
+
+KINDS = {"query": "tokens", "page_table": "requests", "sequence_lens": "requests"}
 
 
-def straightforward(batch, exact, **options):
-    """A plain loop in float32: of each element the worst of five orders of summation, the keys' own among them.
-
-    One order alone may be right by luck where a batch has few outputs, and no kernel sums in just that order.
-    """
-    worst = exact.astype(np.float32)
-    random = np.random.default_rng(0)
-    for shuffle in (np.arange, *[random.permutation] * 4):
-        other = in_some_order(batch, shuffle, **options)
-        worst = np.where(np.abs(other - exact) > np.abs(worst - exact), other, worst)
-    return worst
-
-
-def in_some_order(batch, shuffle, *, window=(None, None), softcap=None, scale=None):
-    """The formula in float32, with keys, and the elements of queries and keys, in the order `shuffle(n)` gives."""
-    query, group = batch["query"].astype(np.float32), batch["query"].shape[1] // batch["key_pages"].shape[2]
-    elements = shuffle(query.shape[2])
-    scale, cap = np.float32(query.shape[2] ** -0.5 if scale is None else scale), np.float32(softcap or 0)
-    outs = [np.zeros((0, query.shape[1], batch["value_pages"].shape[3]), np.float32)]
-    for pages, num_keys, (begin, end) in zip(
-        batch["page_table"], batch["sequence_lens"], itertools.pairwise(batch["query_starts"]), strict=True
-    ):
-        order = shuffle(num_keys)
-        keys, values = (op.gather(batch[name], pages, num_keys)[order] for name in ("key_pages", "value_pages"))
-        keys, values = (np.repeat(array.astype(np.float32), group, axis=1) for array in (keys, values))
-        scores = np.einsum("qhd,khd->hqk", query[begin:end, :, elements], keys[..., elements], optimize=True) * scale
-        scores = cap * np.tanh(scores / cap) if softcap else scores
-        seen = op.visible(end - begin, num_keys, window[0])[:, order]
-        weights = np.stack([op.softmax(head, seen) for head in scores])
-        total = np.zeros((end - begin, *values.shape[1:]), np.float32)
-        for weight, value in zip(np.ascontiguousarray(weights.T), values, strict=True):
-            total += weight[..., None] * value
-        outs.append(total)
-    return np.concatenate(outs)
-
-
-@functools.lru_cache(maxsize=8)
-def expected(case, dtype, query_dtype="float32", seed=0):
-    """A batch, what is exact for it, and what a straightforward computation makes of it."""
-    batch = paged_batch(case, dtype, query_dtype, seed)
-    exact = op.reference(**batch, **options_of(case))
-    return batch, exact, straightforward(batch, exact, **options_of(case))
-
-
-def check(kernel, out_dtype, *batch_arguments):
-    batch, exact, plain = expected(*batch_arguments)
-    out = computed(batch_arguments[0], batch, out_dtype, kernel=kernel)
-    assert_within_budget(out, exact, rounded(plain, out_dtype), out_dtype)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", op.DTYPES)
-@pytest.mark.parametrize("case", cases.PAGED_ATTENTION, ids=lambda case: case.name)
-def test_kernel_is_within_budget(kernel, case, dtype):
-    skip_unless_it_can_run(kernel)
-    check(kernel, "float32", case, dtype)
-
-
-@pytest.mark.parametrize("query_dtype,out_dtype", list(itertools.product(op.DTYPES, op.DTYPES)))
-def test_queries_and_outputs_have_types_of_their_own(query_dtype, out_dtype):
-    check(None, out_dtype, RAGGED, "float16", query_dtype)
-
-
-@st.composite
-def ragged_cases(draw):
-    kv_heads, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 5, 7, 16]))
-    requests = draw(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 70)), min_size=1, max_size=5))
-    return PagedAttentionCase(
-        "drawn",
-        tuple(keys for keys, _ in requests),
-        tuple(queries for _, queries in requests),
-        heads=kv_heads * group,
-        kv_heads=kv_heads,
-        head_dim=draw(st.integers(1, 70)),
-        value_dim=draw(st.integers(1, 70)),
-        page_size=draw(st.integers(1, 70)),
-        window_left=draw(st.none() | st.integers(0, 200)),
-        softcap=draw(st.none() | st.floats(1, 60)),
-    )
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    case=ragged_cases(), dtype=st.sampled_from(op.DTYPES), seed=st.integers(0, 2**31), kernel=st.sampled_from(KERNELS)
-)
-def test_any_ragged_batch_is_within_budget(case, dtype, seed, kernel):
-    if cpu.ISAS.index(kernel.removeprefix("cpu_")) > cpu.ISAS.index(cpu.isa()):
-        return
-    check(kernel, "float32", case, dtype, "float32", seed)
-
-
-def recorded(case, batch, threads, spare=0):
+def recorded(batch, threads, spare=0):
     """The op as a program of that many threads replays it, recorded with room for `spare` more tokens and requests."""
-    requests, tokens = len(case.sequence_lens), sum(case.query_lens)
-    sizes = native.Sizes(tokens + spare, requests + spare, 1)
-    program = native.Program(native.Pool(threads), sizes)
-    kinds = {"query": "tokens", "page_table": "requests", "sequence_lens": "requests"}
+    tokens, requests = len(batch["query"]), len(batch["sequence_lens"])
+    program = native.Program(native.Pool(threads), native.Sizes(tokens + spare, requests + spare, 1))
+    kept = []
 
     def buffer(name, array):
-        rows = requests + 1 if name == "query_starts" else len(array)
-        padded = np.full((rows + spare * (name in kinds or name == "query_starts"), *array.shape[1:]), -1, array.dtype)
-        padded[:rows] = array
+        more = spare if name in KINDS or name == "query_starts" else 0
+        padded = np.concatenate([array, np.full((more, *array.shape[1:]), -1, array.dtype)])
         kept.append(padded)
         tensor = as_tensor(padded, name)
-        return Buffer(tensor.follow(kinds[name]) if name in kinds else tensor, program)
+        return Buffer(tensor.follow(KINDS[name]) if name in KINDS else tensor, program)
 
-    kept = []
-    arrays = {name: buffer(name, array) for name, array in batch.items()}
-    out = poisoned((tokens + spare, *out_shape(case)[1:]), "float32")
-    op.paged_attention(**arrays, **options_of(case), out=Buffer(as_tensor(out, "out").follow("tokens"), program))
+    of_pages = ("sinks", "alibi_slopes", "key_scales", "value_scales", "mask")
+    arrays = {
+        name: buffer(name, array) if isinstance(array, np.ndarray) and name not in of_pages else array
+        for name, array in batch.items()
+    }
+    out = poisoned((tokens + spare, batch["query"].shape[1], batch["value_pages"].shape[3]), "float32")
+    op.paged_attention(**arrays, out=Buffer(as_tensor(out, "out").follow("tokens"), program))
     program.finish()
     program.run(native.Sizes(tokens, requests, 1))
     assert np.isnan(out[tokens:]).all()
     return out[:tokens]
 
 
-@pytest.mark.parametrize("window_left", [None, 100])
-def test_bits_do_not_depend_on_threads_or_recording(window_left):
-    case = dataclasses.replace(RAGGED, window_left=window_left)
-    batch = paged_batch(case, "float16")
-    alone = recorded(case, batch, 1)
-    assert np.array_equal(alone, recorded(case, batch, 2))
-    assert np.array_equal(alone, recorded(case, batch, 5, spare=3))
-    assert np.array_equal(alone, computed(case, batch))
+@pytest.mark.parametrize("left", [None, 100])
+def test_deterministic_bits_do_not_depend_on_threads_or_recording(left):
+    batch = batch_of(RAGGED, deterministic=True, window=(left, None))
+    alone = recorded(batch, 1)
+    assert np.array_equal(alone, recorded(batch, 2))
+    assert np.array_equal(alone, recorded(batch, 5, spare=3))
+    assert np.array_equal(alone, computed(RAGGED, batch).out)
 
 
-def test_bits_do_not_depend_on_neighbours():
-    batch = paged_batch(RAGGED, "bfloat16")
-    together = computed(RAGGED, batch)
-    starts = batch["query_starts"]
-    for r, (begin, end) in enumerate(itertools.pairwise(starts)):
-        alone = dict(batch, query=batch["query"][begin:end], query_starts=np.array([0, end - begin], np.int32))
-        alone |= {name: batch[name][r : r + 1] for name in ("page_table", "sequence_lens")}
-        assert np.array_equal(op.paged_attention(**alone), together[begin:end])
+@pytest.mark.parametrize("name", ["decode_everything", "tree_of_drafts"])
+def test_a_program_gives_the_bits_of_the_call(name):
+    batch = batch_of(CASES[name], deterministic=True)
+    assert np.array_equal(recorded(batch, 2), computed(CASES[name], batch).out)
 
 
-def test_bits_do_not_depend_on_how_a_prompt_is_chunked():
-    case = PagedAttentionCase("prompt", (300,), (300,), 8, 2, 64, page_size=32)
-    batch = paged_batch(case, "float16")
-    whole = computed(case, batch)
-    for begin, end in [(0, 100), (100, 137), (137, 300)]:
-        part = dict(batch, query=batch["query"][begin:end], sequence_lens=np.array([end], np.int32))
-        part["query_starts"] = np.array([0, end - begin], np.int32)
-        assert np.array_equal(op.paged_attention(**part), whole[begin:end])
+# Bits
+
+
+def alone(batch, r):
+    """One request of a batch as a batch of its own."""
+    begin, end = batch["query_starts"][r : r + 2]
+    own = {"query": batch["query"][begin:end], "query_starts": np.array([0, end - begin], np.int32)}
+    return batch | own | {name: batch[name][r : r + 1] for name in ("page_table", "sequence_lens")}
+
+
+@pytest.mark.parametrize("query_dtype,dtype", TYPES)
+@pytest.mark.parametrize("window,softcap", [((None, None), None), ((70, None), 20.0)])
+def test_deterministic_bits_do_not_depend_on_neighbours(query_dtype, dtype, window, softcap):
+    batch = batch_of(RAGGED, query_dtype, dtype, deterministic=True, window=window, softcap=softcap)
+    together = op.paged_attention(**batch)
+    for r, (begin, end) in enumerate(itertools.pairwise(batch["query_starts"])):
+        own = op.paged_attention(**alone(batch, r))
+        assert np.array_equal(own.out, together.out[begin:end]) and np.array_equal(own.lse, together.lse[begin:end])
+
+
+def part_of(batch, begin, end):
+    """Tokens begin .. end of a lone prompt, appended when those before are there and those after are not."""
+    starts = {"query_starts": np.array([0, end - begin], np.int32), "sequence_lens": np.array([end], np.int32)}
+    return batch | starts | {"query": batch["query"][begin:end]}
+
+
+@pytest.mark.parametrize("query_dtype,dtype", TYPES)
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("window", [(None, None), (100, None)])
+def test_deterministic_bits_do_not_depend_on_how_a_prompt_is_chunked(query_dtype, dtype, group, window):
+    case = paged("prompt", (140,), (140,), **heads(2 * group, 2, 64), page_size=32)
+    batch = batch_of(case, query_dtype, dtype, deterministic=True, window=window)
+    whole = op.paged_attention(**batch)
+    for step in (1, 3, 37, 64):
+        for begin in range(0, 140, step):
+            end = min(begin + step, 140)
+            part = op.paged_attention(**part_of(batch, begin, end))
+            assert np.array_equal(part.out, whole.out[begin:end]), (begin, end)
+            assert np.array_equal(part.lse, whole.lse[begin:end]), (begin, end)
+
+
+def test_a_long_prompt_ends_in_the_same_bits_however_it_is_chunked():
+    case = paged("long", (1300,), (1300,), **heads(4, 1, 32), page_size=64)
+    batch = batch_of(case, deterministic=True)
+    whole = op.paged_attention(**batch)
+    for begin, end in [(0, 511), (511, 513), (513, 1299), (1299, 1300)]:
+        assert np.array_equal(op.paged_attention(**part_of(batch, begin, end)).out, whole.out[begin:end])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_same_call_gives_the_same_bits(deterministic):
+    batch = batch_of(RAGGED, deterministic=deterministic)
+    assert_same(computed(RAGGED, batch), computed(RAGGED, batch))
+
+
+# Arrays
 
 
 def test_pages_may_be_strided():
-    case = PagedAttentionCase("strided", (100, 40), (1, 40), page_size=8)
-    batch = paged_batch(case, "float16")
+    batch = batch_of(RAGGED)
     both = np.stack([batch["key_pages"], batch["value_pages"]], axis=1)
-    strided = dict(batch, key_pages=both[:, 0], value_pages=both[:, 1])
-    assert np.array_equal(computed(case, strided), computed(case, batch))
+    heads_first = np.ascontiguousarray(both.transpose(0, 1, 3, 2, 4)).transpose(0, 1, 3, 2, 4)
+    for pair in (both, heads_first):
+        strided = batch | {"key_pages": pair[:, 0], "value_pages": pair[:, 1]}
+        assert_same(computed(RAGGED, strided), computed(RAGGED, batch))
 
 
-def test_a_nan_that_is_seen_stays_visible():
-    batch = paged_batch(RAGGED, "float32")
-    batch["query"][0, 0, 0] = batch["query"][-1, 1, 3] = np.nan
-    out = computed(RAGGED, batch)
-    assert np.isnan(out[0, 0]).all() and np.isnan(out[-1, 1]).all()
-    assert np.isnan(out).sum() == 2 * out.shape[2]
+def test_a_mask_may_have_fewer_columns_than_keys():
+    batch = batch_of(RAGGED)
+    mask = np.random.default_rng(0).random((len(batch["query"]), 41)) < 0.5
+    batch |= {"mask": mask}
+    exact = op.reference(**batch)
+    assert_close(computed(RAGGED, batch), exact, straightforward(RAGGED, batch, exact))
 
 
-def test_a_scale_is_taken():
-    batch = paged_batch(RAGGED, "float32")
-    exact = op.reference(**batch, scale=0.7)
-    out = op.paged_attention(**batch, scale=0.7)
-    assert_within_budget(out, exact, straightforward(batch, exact, scale=0.7), "float32")
+def test_what_is_masked_is_as_if_it_were_not_there():
+    case = paged("drafts", (3,), (70,), causal=False)
+    batch = batch_of(case)
+    batch["mask"] = np.tril(np.ones((3, 3), bool))
+    assert_same(computed(case, batch), computed(case, batch | {"mask": None, "causal": True}))
+
+
+# Mistakes
 
 
 def changed(batch, name, index, value):
     array = batch[name].copy()
     array[index] = value
-    return dict(batch, **{name: array})
+    return batch | {name: array}
 
 
 @pytest.mark.parametrize(
@@ -234,36 +191,46 @@ def changed(batch, name, index, value):
 )
 def test_contents_out_of_range_are_named(name, index, value, text):
     with pytest.raises(ArgumentError) as caught:
-        computed(RAGGED, changed(paged_batch(RAGGED, "float16"), name, index, value))
+        computed(RAGGED, changed(batch_of(RAGGED), name, index, value))
     assert text in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "arrays,options,text",
-    [
-        ({"query": np.zeros((4, 64), np.float32)}, {}, "query: expected [tokens, heads, head_dim]"),
-        ({"query": np.zeros((246, 10, 72), np.float32)}, {}, "query: expected a multiple of 3 heads"),
-        ({"query": np.zeros((246, 12, 72))}, {}, "query: expected float32 or float16 or bfloat16"),
-        ({"query": np.zeros((246, 12, 64), np.float32)}, {}, "key_pages: expected [any, any, any, 64]"),
-        ({"key_pages": np.zeros((5, 16, 3, 72), np.float32)}, {}, "value_pages: expected [5, 16, 3, any]"),
-        ({"page_table": np.zeros((6, 4), np.int64)}, {}, "page_table: expected int32"),
-        ({"page_table": np.zeros((5, 4), np.int32)}, {}, "page_table: expected [6, any]"),
-        ({"query_starts": np.zeros(6, np.int32)}, {}, "query_starts: expected [7]"),
-        ({"sequence_lens": None}, {}, "sequence_lens: expected an array"),
-        ({}, {"window": (5, 1)}, "window: expected (left, None)"),
-        ({}, {"window": (-2, None)}, "window: expected (left, None)"),
-        ({}, {"window": 7}, "window: expected (left, None)"),
-        ({}, {"scale": float("nan")}, "scale: expected a finite number > 0"),
-        ({}, {"softcap": -1.0}, "softcap: expected a finite number > 0"),
-        ({}, {"out": np.zeros((246, 12, 71), np.float32)}, "out: expected [246, 12, 72]"),
-    ],
-)
-def test_bad_arguments_are_named(arrays, options, text):
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+MISTAKES = [
+    ({"query": zeros(4, 64)}, "query: expected [tokens, heads, head_dim]"),
+    ({"query": zeros(246, 10, 72)}, "query: expected a multiple of 3 heads, those of key_pages"),
+    ({"query": zeros(246, 12, 72, dtype=np.int32)}, "query: expected float32 or float16 or bfloat16"),
+    ({"query": zeros(246, 12, 64)}, "key_pages: expected the query's head_dim 64"),
+    ({"key_pages": zeros(5, 16, 3, 72)}, "value_pages: expected"),
+    ({"key_pages": zeros(5, 16, 72)}, "key_pages: expected [pages, page_size, kv_heads, head_dim]"),
+    ({"page_table": zeros(6, 4, dtype=np.int64)}, "page_table: expected int32"),
+    ({"page_table": zeros(5, 4, dtype=np.int32)}, "page_table: expected [6, max_pages]"),
+    ({"query_starts": zeros(6, dtype=np.int32)}, "query_starts: expected [7]"),
+    ({"query_starts": None}, "query_starts: expected an array"),
+    ({"sequence_lens": None}, "sequence_lens: expected an array"),
+    ({"sequence_lens": zeros(6)}, "sequence_lens: expected int32"),
+    ({"key_scales": zeros(5, 16, 3)}, "key_scales: expected None with float16"),
+    ({"alibi_slopes": zeros(5, 12)}, "alibi_slopes: expected [12] or [6, 12]"),
+    ({"mask": zeros(245, 9, dtype=bool)}, "mask: expected [12 or 1, 246 or 1, columns]"),
+    ({"window": (-2, None)}, "window: expected whole numbers"),
+    ({"scale": float("nan")}, "scale: expected a finite number > 0"),
+    ({"softcap": -1.0}, "softcap: expected a finite number > 0"),
+    ({"out": zeros(246, 12, 71)}, "out: expected [246, 12, 72]"),
+]
+
+
+@pytest.mark.parametrize("changes,text", MISTAKES)
+def test_mistakes_are_named(changes, text):
     with pytest.raises(ArgumentError) as caught:
-        op.paged_attention(**(paged_batch(RAGGED, "float16") | arrays), **options)
+        op.paged_attention(**batch_of(RAGGED) | changes)
     assert text in str(caught.value)
 
 
-def test_what_is_not_done_is_said():
-    with pytest.raises(UnsupportedError, match="only causal"):
-        op.paged_attention(**paged_batch(RAGGED, "float16"), causal=False)
+def test_scales_of_pages_have_one_of_two_shapes():
+    batch = attention_batch(CASES["int8_page_scales"])
+    for shape in [(batch["key_pages"].shape[0], 2, 2), (1, 1, 2)]:
+        with pytest.raises(ArgumentError, match="key_scales: expected"):
+            op.paged_attention(**batch | {"key_scales": zeros(*shape)})
