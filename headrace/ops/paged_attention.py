@@ -30,7 +30,9 @@ from headrace.ops import attention_checks as checks
 from headrace.ops.attention import rows_of, slopes_of
 from headrace.ops.attention_formula import Mix, attend, decoded
 from headrace.ops.attention_options import AttentionResult, Window, checked_options
-from headrace.ops.attention_request import Call, Extent, kernels, launch, outputs, split_arguments
+from headrace.ops.attention_request import Call, Extent, kernels, outputs, split_arguments
+from headrace.ops.cascade import launch_shared
+from headrace.ops.sparse import selected
 
 __all__ = ["gather", "kernels", "paged_attention", "prepared", "reference"]
 
@@ -53,6 +55,9 @@ def paged_attention(
     scale: float | None = None,
     key_scales: Any = None,
     value_scales: Any = None,
+    indices: Any = None,
+    page_indices: Any = None,
+    cascade: bool | str = "auto",
     out_dtype: str | None = None,
     out: Any = None,
     precision: str = "auto",
@@ -68,6 +73,9 @@ def paged_attention(
     columns] or [heads or 1, tokens or 1, columns]; its last column is each request's last key, keys before its first
     are seen as without it, so that a tree of draft tokens needs a square. sinks: float32 [heads]; alibi_slopes: float32
     [heads] or [requests, heads]. out: in out_dtype, by default the query's type; written in place when given.
+    indices: int32 [tokens, k], the keys a token may see, by their place in its sequence, -1 for none; page_indices: the
+    same by pages (sparse.py). cascade: whether equal beginnings of the page table are computed once; "auto": where that
+    is predicted to pay, never in a program and never with deterministic=True (cascade.py).
     Other options: attention_options.py; kernel and require: select.py.
     Raises ArgumentError for shapes, lengths, starts and pages that do not fit (nothing outside the arrays is read),
     KernelError when no kernel, or not the one asked for, can run.
@@ -91,11 +99,24 @@ def paged_attention(
         mask=mask,
         sinks=sinks,
         alibi_slopes=alibi_slopes,
+        indices=indices,
+        page_indices=page_indices,
     )
-    return launch(call, outputs(call, out, out_dtype), kernel=kernel, require=require)
+    cascade = cascade if indices is None and page_indices is None else False
+    return launch_shared(call, outputs(call, out, out_dtype), cascade=cascade, kernel=kernel, require=require)
 
 
-def prepared(query: Any, key_pages: Any, value_pages: Any, page_table: Any, sequence_lens: Any, **given: Any) -> Call:
+def prepared(
+    query: Any,
+    key_pages: Any,
+    value_pages: Any,
+    page_table: Any,
+    sequence_lens: Any,
+    *,
+    indices: Any = None,
+    page_indices: Any = None,
+    **given: Any,
+) -> Call:
     """The checked call of `paged_attention` with these arguments, those after sequence_lens by name."""
     shape, requests = shape_of(query, "query"), checks.length_of("sequence_lens", sequence_lens)
     checks.check_rank("query", shape, "tokens, heads, head_dim")
@@ -117,7 +138,8 @@ def prepared(query: Any, key_pages: Any, value_pages: Any, page_table: Any, sequ
     arrays |= checks.per_head_values(arrays, requests)
     if "mask" in arrays:
         arrays["mask"] = checks.ranked_mask(arrays["mask"], (extent.heads, extent.queries))
-    return Call("paged_attention", arrays, extent, options)
+    call = Call("paged_attention", arrays, extent, options)
+    return call if indices is None and page_indices is None else selected(call, indices, page_indices)
 
 
 def _extent(given: Mapping[str, Any]) -> Extent:
