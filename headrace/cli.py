@@ -17,7 +17,7 @@ import typer
 
 from headrace.config import SamplingParams
 from headrace.errors import ArgumentError, HeadraceError
-from headrace.options import LoadOptions, with_options
+from headrace.options import ExplainOptions, LoadOptions, with_options
 from headrace.talk import ProgressLine, say, speed_line
 
 if TYPE_CHECKING:
@@ -227,6 +227,27 @@ def bench_versus(
         bench_versus(model, tuple(name.strip() for name in peers.split(",") if name.strip()), progress=progress)
 
 
+@verb(bench, "ops")
+def bench_ops(
+    *,
+    cases: Annotated[str, typer.Option(help="Which cases: a list of names, or of their beginnings, with commas.")] = "",
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure the cost model's constants, keep them.")
+    ] = False,
+    regret: Annotated[bool, typer.Option("--regret", help="Chosen kernel over fastest kernel, case by case.")] = False,
+    repeat: Annotated[int, typer.Option(help="Measurements of each row.")] = 7,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """The attention ops alone: speed beside the machine's roofs and beside torch."""
+    from headrace.bench.ops import OpsBench, bench_ops
+
+    names = tuple(name.strip() for name in cases.split(",") if name.strip())
+    plan = OpsBench(names, repeat, threads, calibrate=calibrate, regret=regret)
+    with ProgressLine() as progress:
+        bench_ops(plan, json_only=as_json, progress=progress)
+
+
 @verb(app)
 def doctor() -> None:
     """What this machine can do, measured, and what is missing."""
@@ -277,13 +298,17 @@ def quantize(
 
 @verb(app)
 def explain(
-    op: Annotated[str, typer.Argument(help="rms_norm or linear.")],
-    tokens: Annotated[int, typer.Option(help="Rows of activations.")] = 1,
-    dim: Annotated[int, typer.Option(help="Elements of a row.")] = 576,
-    rows: Annotated[int, typer.Option(help="Rows of the weight (linear).")] = 576,
-    weight: Annotated[str, typer.Option(help="Format of the weight (linear).")] = "Q4_1",
+    op: Annotated[str, typer.Argument(help="attention, paged_attention, mla_attention, linear or rms_norm.")],
+    asked: ExplainOptions,
+    as_json: Json = False,
 ) -> None:
     """Which kernel would serve an op, why, and in what time."""
     from headrace.explained import explain_op
 
-    print(explain_op(op, tokens=tokens, dim=dim, rows=rows, weight=weight))
+    told = explain_op(op, asked)
+    if as_json:
+        import json
+
+        print(json.dumps(told.as_dict()))
+    else:
+        print(told)

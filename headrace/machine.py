@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from headrace.errors import ArgumentError
+
 PROBES_VERSION = 1  # of what is measured and how: roofs measured by another version are not used
 
 CALIBRATION_VERSION = 1  # of what KernelSpeed means and how it is fitted
@@ -178,16 +180,15 @@ def this_machine() -> Machine:
     """The machine with its kept roofs, without measuring anything."""
     described = _describe()
     kept = _kept_roofs()
-    reads, products = kept["reads"], kept["products"]
+    reads, products, speeds = kept["reads"], kept["products"], dict(_kept_calibration())
     cores = described["cores"]
     points = reads.get(cores, {})
     if not (points and all(cores in products.get(unit, {}) for unit in ("fp32", "bf16", "int8"))):
         guesses = {name: rate * cores for name, rate in UNMEASURED.items()}
-        return Machine(guesses, measured=False, reads=reads, calibration=_kept_calibration(), **described)
+        return Machine(guesses, measured=False, reads=reads, calibration=speeds, **described)
     roofs = {unit: by_threads[cores] for unit, by_threads in products.items()}
     roofs |= {"read": points[max(points)], "cache_read": points[cache_sized(described["caches"])]}
-    kept_speeds = _kept_calibration()
-    return Machine(roofs, measured=True, reads=reads, products=products, calibration=kept_speeds, **described)
+    return Machine(roofs, measured=True, reads=reads, products=products, calibration=speeds, **described)
 
 
 def cache_sized(caches: tuple[Cache, ...]) -> int:
@@ -298,6 +299,20 @@ def usable_cores() -> int:
     """Cores this process may use: its affinity mask, cut by the control group's quota where there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(cores, _quota_cores()))
+
+
+def limit_cores(count: int) -> Machine:
+    """The machine with only the first `count` of the cores this process may use, and no more for it from now on.
+
+    Threads that already run stay where they are: to be called first. Raises ArgumentError for more than there are.
+    """
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_setaffinity") else []
+    if not 1 <= count <= min(len(cores), usable_cores()):
+        raise ArgumentError(f"threads: expected 1 to {usable_cores()}, the cores of this process, got {count}")
+    os.sched_setaffinity(0, cores[:count])
+    for known in (_describe, _kept_roofs, _kept_calibration, this_machine):
+        known.cache_clear()
+    return this_machine()
 
 
 def _quota_cores() -> int:
