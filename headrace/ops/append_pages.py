@@ -91,6 +91,8 @@ def append_latent_pages(
     token's latent and key together. Types, slots and errors are those of `append_pages`.
     """
     arrays = {"key": rope_key, "latent": latent, "key_pages": latent_pages, "slots": slots, "table": table}
+    for name, array in (("rope_key", rope_key), ("latent", latent), ("latent_pages", latent_pages)):
+        shape_of(array, name)
     return _append(arrays | {"key_scales": scales, "query": query_rope, "out": out}, interleaved, 0.0, kernel)
 
 

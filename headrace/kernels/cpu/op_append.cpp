@@ -9,9 +9,9 @@ namespace {
 
 constexpr int64_t kTokensPerChunk = 4;
 
-// Rows, and the pages they go to. Everything has heads: ranks 3 and 4.
+// Rows, and the pages they go to, by the caller's names. Everything has heads: ranks 3 and 4.
 struct Target {
-  const char* name;
+  const char *name, *pages_name, *scales_name;
   TensorRef rows, prefix, pages, scales, norm;
   bool rotated;
 
@@ -124,7 +124,7 @@ class AppendPages : public Op {
     for (int64_t head = 0; head < a.heads; ++head) {
       float scale = *reinterpret_cast<const float*>(a.scales + head * a.scale_step);
       if (!(scale > 0 && std::isfinite(scale)))
-        throw std::invalid_argument(std::string("append_pages: ") + target.name + "_scales: expected finite numbers above 0, got " +
+        throw std::invalid_argument(std::string("append_pages: ") + target.scales_name + ": expected finite numbers above 0, got " +
                                     std::to_string(scale) + " for page " + std::to_string(page));
     }
   }
@@ -146,20 +146,25 @@ TensorRef with_heads(const TensorRef& t, size_t rank) {
   return v;
 }
 
+void check_last(const Expect& expect, const Tensor& t, const char* name) {
+  bool packed = t.strides.back() == 1 || t.shape.back() <= 1 || t.capacity_bytes() == 0;
+  expect.that(packed, name, "a contiguous last dimension", shape_text(t) + " with other strides");
+}
+
 const auto kFloats = {DType::f32, DType::f16, DType::bf16};
 
 void check_rows(const Expect& expect, const Tensor& t, const char* name, int64_t tokens) {
   expect.dtype(t, name, kFloats);
   expect.that(t.shape.size() == 3, name, "[tokens, heads, dim]", shape_text(t));
   expect.shape(t, name, {tokens, -1, -1});
-  expect.that(t.strides[2] == 1 || t.shape[2] <= 1, name, "a contiguous last dimension", shape_text(t) + " with other strides");
+  check_last(expect, t, name);
 }
 
 void check_norm(const Expect& expect, const TensorRef& norm, const char* name, int64_t dim) {
   if (!norm) return;
   expect.dtype(*norm, name, {DType::f32});
   expect.shape(*norm, name, {dim});
-  expect.that(norm->strides[0] == 1 || dim == 1, name, "contiguous", shape_text(*norm) + " with other strides");
+  check_last(expect, *norm, name);
 }
 
 void check_table(const Expect& expect, const Tensor& table, int64_t tokens, int64_t dim) {
@@ -171,7 +176,7 @@ void check_table(const Expect& expect, const Tensor& table, int64_t tokens, int6
 }
 
 void check_query(const Expect& expect, const AppendTensors& t, int64_t tokens) {
-  check_rows(expect, *t.query, "query", tokens);
+  check_rows(expect, *t.query, t.latent ? "query_rope" : "query", tokens);
   check_norm(expect, t.query_norm, "query_norm", t.query->shape[2]);
   if (t.table) check_table(expect, *t.table, tokens, t.query->shape[2]);
   check_rows(expect, *t.query_out, "out", tokens);
@@ -179,24 +184,25 @@ void check_query(const Expect& expect, const AppendTensors& t, int64_t tokens) {
 }
 
 void check_pages(const Expect& expect, const Target& target) {
-  std::string name = std::string(target.name) + "_pages";
+  const char* name = target.pages_name;
   const Tensor& pages = *target.pages;
-  expect.dtype(pages, name.c_str(), {DType::f32, DType::f16, DType::bf16, DType::f8, DType::i8, DType::u8});
+  expect.dtype(pages, name, {DType::f32, DType::f16, DType::bf16, DType::f8, DType::i8, DType::u8});
   int64_t items = target.in_int4() ? (target.dim() + 1) / 2 : target.dim();
-  expect.shape(pages, name.c_str(), {-1, -1, target.rows->shape[1], items});
-  expect.that(pages.strides[3] == 1 || items <= 1, name.c_str(), "a contiguous last dimension", shape_text(pages) + " with other strides");
+  expect.shape(pages, name, {-1, -1, target.rows->shape[1], items});
+  check_last(expect, pages, name);
 }
 
 void check_scales(const Expect& expect, const Target& target) {
-  std::string name = std::string(target.name) + "_scales", of = std::string(" for pages of ") + dtype_name(target.type());
+  const char* name = target.scales_name;
+  std::string of = std::string(" for pages of ") + dtype_name(target.type());
   bool needed = target.type() == DType::i8 || target.type() == DType::i4;
-  if (!target.scales) return expect.that(!needed, name.c_str(), "an array" + of, "none");
+  if (!target.scales) return expect.that(!needed, name, "an array" + of, "none");
   const Tensor& scales = *target.scales;
-  expect.that(needed || target.type() == DType::f8, name.c_str(), "none" + of, shape_text(scales));
-  expect.dtype(scales, name.c_str(), {DType::f32});
+  expect.that(needed || target.type() == DType::f8, name, "none" + of, shape_text(scales));
+  expect.dtype(scales, name, {DType::f32});
   int64_t pages = target.pages->shape[0], page_size = target.pages->shape[1], heads = target.rows->shape[1];
   bool rank = scales.shape.size() == 3;
-  expect.shape(scales, name.c_str(), {pages, rank && scales.shape[1] == 1 ? 1 : page_size, heads});
+  expect.shape(scales, name, {pages, rank && scales.shape[1] == 1 ? 1 : page_size, heads});
 }
 
 void check_target(const Expect& expect, const Target& target, const AppendTensors& t, int64_t tokens) {
@@ -211,8 +217,11 @@ void check_target(const Expect& expect, const Target& target, const AppendTensor
 }
 
 std::vector<Target> targets_of(const AppendTensors& t) {
-  std::vector<Target> targets{{"key", t.key, t.latent, t.key_pages, t.key_scales, t.key_norm, t.table != nullptr}};
-  if (t.value) targets.push_back({"value", t.value, nullptr, t.value_pages, t.value_scales, nullptr, false});
+  bool latent = t.latent != nullptr;
+  std::vector<Target> targets{{latent ? "rope_key" : "key", latent ? "latent_pages" : "key_pages",
+                               latent ? "scales" : "key_scales", t.key, t.latent, t.key_pages, t.key_scales, t.key_norm,
+                               t.table != nullptr}};
+  if (t.value) targets.push_back({"value", "value_pages", "value_scales", t.value, nullptr, t.value_pages, t.value_scales, nullptr, false});
   return targets;
 }
 
@@ -222,13 +231,13 @@ void submit_append_pages(Runner& runner, Isa isa, AppendTensors t, bool interlea
   Expect expect{"append_pages"};
   for (TensorRef* rows : {&t.key, &t.latent}) *rows = with_heads(*rows, 3);
   t.key_pages = with_heads(t.key_pages, 4);
-  expect.that(t.key->shape.size() == 3, "key", "[tokens, kv_heads, head_dim]", shape_text(*t.key));
+  std::vector<Target> targets = targets_of(t);
+  expect.that(t.key->shape.size() == 3, targets[0].name, "[tokens, kv_heads, head_dim]", shape_text(*t.key));
   int64_t tokens = t.key->shape[0];
   expect.dtype(*t.slots, "slots", {DType::i32});
   expect.shape(*t.slots, "slots", {tokens});
   if (t.query) check_query(expect, t, tokens);
   if (t.value) expect.shape(*t.value, "value", {tokens, t.key->shape[1], -1});
-  std::vector<Target> targets = targets_of(t);
   for (const auto& target : targets) check_target(expect, target, t, tokens);
   check_norm(expect, t.key_norm, "key_norm", t.key->shape[2]);
   if (t.value) expect.shape(*t.value_pages, "value_pages", {t.key_pages->shape[0], t.key_pages->shape[1], -1, -1});
