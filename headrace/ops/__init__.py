@@ -12,6 +12,7 @@ from typing import Any
 # Where each public name lives.
 _HOMES = {
     "AttentionResult": "headrace.ops.attention_options",
+    "append_latent_pages": "headrace.ops.append_pages",
     "append_pages": "headrace.ops.append_pages",
     "attention": "headrace.ops.attention",
     "choices": "headrace.ops.select",
@@ -24,6 +25,7 @@ _HOMES = {
 
 __all__ = [
     "AttentionResult",
+    "append_latent_pages",
     "append_pages",
     "attention",
     "choices",
