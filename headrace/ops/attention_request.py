@@ -26,7 +26,7 @@ ARRAY_NAMES = {
     *("query", "key", "value", "query_starts", "key_starts", "key_lens", "page_table"),
     *("key_scales", "value_scales", "mask", "sinks", "alibi_slopes"),
 }
-WITH_BFLOAT16_PRODUCTS: tuple[str, ...] = ()
+WITH_BFLOAT16_PRODUCTS: tuple[str, ...] = ("avx512_bf16", "amx")
 
 
 @dataclass(frozen=True)

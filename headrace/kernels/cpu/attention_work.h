@@ -9,6 +9,7 @@ namespace headrace {
 constexpr int kKeyBlock = 64;      // keys per step; blocks begin at multiples of it, whoever computes them
 constexpr int kPartialExtra = 16;  // floats after a partial row: its largest score, its sum, padding
 constexpr int kRowStep = 6;        // query rows the prefill kernel computes at a time
+constexpr int kMostSoftRows = 32;  // the same over products of bf16, at most
 
 // Of keys, values or their scales, in elements (codes, where two share a byte).
 struct CacheStrides {
@@ -105,7 +106,7 @@ static inline int64_t few_scratch_floats(const AttentionCall& c, int64_t heads, 
 }
 static inline int64_t tile_scratch_floats(const AttentionCall& c, int64_t rows) {
   int64_t width = padded_lanes(c.head_dim) + padded_lanes(c.value_dim);
-  return rows * row_floats(c) + kKeyBlock * width + kRowStep * kKeyBlock + 256;
+  return padded_lanes(rows) * row_floats(c) + kKeyBlock * width + kMostSoftRows * kKeyBlock + 256;
 }
 
 }  // namespace headrace

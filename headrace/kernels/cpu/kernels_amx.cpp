@@ -3,7 +3,7 @@
 #define HEADRACE_AVX512 1
 #define HEADRACE_AVX512_BF16 1
 #define HEADRACE_AMX 1
-#include "products_bf16.h"
+#include "kernels_bf16.h"
 #include "strip.h"
 
 namespace headrace {

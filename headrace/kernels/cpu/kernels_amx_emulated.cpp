@@ -1,7 +1,7 @@
 // Portable kernels, and products over emulated AMX tiles: for tests on machines without.
 #define HEADRACE_ISA amx_emulated
 
-#include "products_bf16.h"
+#include "kernels_bf16.h"
 #include "strip.h"
 
 namespace headrace {

@@ -2,7 +2,7 @@
 #define HEADRACE_ISA avx512_bf16
 #define HEADRACE_AVX512 1
 #define HEADRACE_AVX512_BF16 1
-#include "products_bf16.h"
+#include "kernels_bf16.h"
 
 namespace headrace {
 

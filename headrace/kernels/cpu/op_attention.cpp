@@ -187,8 +187,9 @@ class Attention : public Op {
   // Whether the decode kernel gives the bits of the tile kernel, which multiplies codes by their scales first.
   bool in_order() const { return o_.arithmetic == Arithmetic::fp32 && !t_.key_scales && !t_.value_scales; }
   void (*few_kernel() const)(const AttentionCall&, const AttentionWork&) {
-    return o_.arithmetic == Arithmetic::bf16   ? kernels_.attend_few_bf16
-           : o_.arithmetic == Arithmetic::fp32 ? kernels_.attend_few
+    bool narrow = o_.arithmetic == Arithmetic::bf16 && key().dtype == DType::bf16;  // others are converted, to float as well
+    return narrow                               ? kernels_.attend_few_bf16
+           : o_.arithmetic != Arithmetic::fp64 ? kernels_.attend_few
                                                : nullptr;
   }
   void (*tile_kernel() const)(const AttentionCall&, const AttentionWork&) {

@@ -45,29 +45,35 @@ static inline Floats round_words(Floats low, Floats high) {
 
 // Elements 0 to 31 as bf16; zeros from n on. bf16 stays what it is, NaN and denormals included.
 template <class E> static inline Floats load_as_words(const typename E::type* p, int64_t n) {
-  return round_words(load_first<E>(p, n), n > kLanes ? load_first<E>(p + kLanes, n - kLanes) : zero());
+  return round_words(load_first<E>(p, n), n > kLanes ? load_first<E>(E::at(p, kLanes), n - kLanes) : zero());
 }
 template <> inline Floats load_as_words<AsBf16>(const uint16_t* p, int64_t n) {
   if (n >= 2 * kLanes) return load_words(p);
+#if defined(HEADRACE_AVX512)
+  return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16((1u << n) - 1, p))};
+#else
   uint16_t some[2 * kLanes] = {};
   memcpy(some, p, static_cast<size_t>(n) * 2);
   return load_words(some);
+#endif
 }
 
-// The pairs (first[i], second[i]) of two rows of 32: `to` gets 32 pairs.
-static inline void store_interleaved(uint16_t* to, Floats first, Floats second) {
+// The pairs (first[i], second[i]) of two rows of 32.
+static inline void interleave(Floats first, Floats second, Floats& low, Floats& high) {
 #if defined(HEADRACE_AVX512)
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
-                                       36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+  const __m512i lower = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                         36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i upper = _mm512_add_epi16(lower, _mm512_set1_epi16(16));
   __m512i a = _mm512_castps_si512(first.v), b = _mm512_castps_si512(second.v);
-  _mm512_storeu_si512(to, _mm512_permutex2var_epi16(a, low, b));
-  _mm512_storeu_si512(to + 2 * kLanes, _mm512_permutex2var_epi16(a, high, b));
+  low = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, lower, b))};
+  high = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(a, upper, b))};
 #else
-  uint16_t one[2 * kLanes], other[2 * kLanes];
+  uint16_t one[2 * kLanes], other[2 * kLanes], both[4 * kLanes];
   store_words(one, first);
   store_words(other, second);
-  for (int i = 0; i < 2 * kLanes; ++i) to[2 * i] = one[i], to[2 * i + 1] = other[i];
+  for (int i = 0; i < 2 * kLanes; ++i) both[2 * i] = one[i], both[2 * i + 1] = other[i];
+  low = load_words(both);
+  high = load_words(both + 2 * kLanes);
 #endif
 }
 
@@ -86,7 +92,12 @@ template <class Load> static void pack_keys(int64_t dim, uint16_t* to, Load load
 template <class Load> static void pack_values(int64_t dim, uint16_t* to, Load load) {
   int64_t width = padded_depth(dim);
   for (int pair = 0; pair < kPackedKeys / 2; ++pair, to += 2 * width)
-    for (int64_t j = 0; j < dim; j += kDepthStep) store_interleaved(to + 2 * j, load(2 * pair, j), load(2 * pair + 1, j));
+    for (int64_t j = 0; j < dim; j += kDepthStep) {
+      Floats low, high;
+      interleave(load(2 * pair, j), load(2 * pair + 1, j), low, high);
+      store_words(to + 2 * j, low);
+      store_words(to + 2 * j + 2 * kLanes, high);
+    }
 }
 
 // Strides in elements: between rows of a and c, and between pairs of rows of b.
@@ -237,11 +248,6 @@ static void product_bf16(const ProductProbe& probe) {
     Multiplier{}.multiply(probe.rows, probe.keys ? kPackedKeys : padded_lanes(probe.columns),
                           {probe.packed_a, probe.packed_b, probe.c, depth, 2 * width, probe.c_stride, depth, probe.keep});
   });
-}
-
-static Kernels with_bf16(Kernels base) {
-  base.product_bf16 = product_bf16;
-  return base;
 }
 
 }  // namespace HEADRACE_ISA
