@@ -1,4 +1,4 @@
-"""Named cases of every op: one list for tests and benchmarks.
+"""Named cases of every op but attention (attention_cases.py): one list for tests and benchmarks.
 
 Sizes include 1, primes, and one off each width a kernel steps by (16 lanes, 32 columns, 8 rows, 256-column groups).
 """
@@ -157,44 +157,4 @@ APPEND_LATENT = (
     AppendLatentCase("deepseek_decode", 16, 512, 64, 64, 3),
     AppendLatentCase("odd_widths", 3, 45, 6, 5, 17),
     AppendLatentCase("no_tokens", 2, 32, 16, 16, 0),
-)
-
-
-@dataclass(frozen=True)
-class PagedAttentionCase:
-    """query_lens: new tokens of each request, among its sequence_lens keys. value_dim 0: as head_dim."""
-
-    name: str
-    sequence_lens: tuple[int, ...]
-    query_lens: tuple[int, ...]
-    heads: int = 9
-    kv_heads: int = 3
-    head_dim: int = 64
-    value_dim: int = 0
-    page_size: int = 16
-    window_left: int | None = None
-    softcap: float | None = None
-
-
-PAGED_ATTENTION = (
-    PagedAttentionCase("one", (1,), (1,), 1, 1, 1, page_size=1),
-    PagedAttentionCase("decode_default_model", (300,), (1,), page_size=64),
-    PagedAttentionCase("decode_chunk_edges", (127, 128, 129, 256, 257), (1,) * 5),
-    PagedAttentionCase("decode_long", (4500,), (1,), 4, 1, 32, page_size=64),
-    PagedAttentionCase("decode_block_edges", (15, 16, 17, 63, 64, 65), (1,) * 6, 32, 8, 128, page_size=1),
-    PagedAttentionCase("decode_many_rows", (200,), (1,), 40, 1, 16, page_size=5),
-    PagedAttentionCase("decode_no_sharing", (90, 33), (1, 1), 5, 5, 33, 47, page_size=7),
-    PagedAttentionCase("verify_four", (131, 4, 77), (4, 4, 3), 12, 3, 48, page_size=32),
-    PagedAttentionCase("prefill", (130,), (130,)),
-    PagedAttentionCase("prefill_widths", (70,), (70,), 6, 1, 17, 31, page_size=3),
-    PagedAttentionCase("prefill_many_rows", (37,), (37,), 20, 1, 128, page_size=64),
-    PagedAttentionCase("append", (500, 200), (60, 33), 8, 2, 128, page_size=64),
-    PagedAttentionCase("mixture", (1, 130, 0, 260, 90, 600), (1, 1, 0, 200, 90, 20), 10, 2, 80, page_size=16),
-    PagedAttentionCase("fewer_keys_than_queries", (5, 3, 0), (40, 4, 2), 4, 2, 32),
-    PagedAttentionCase("decode_window", (700, 20, 50), (1, 1, 3), window_left=49, page_size=16),
-    PagedAttentionCase("prefill_window", (300, 260), (300, 70), window_left=33, page_size=16),
-    PagedAttentionCase("window_of_one", (90, 90), (1, 80), window_left=0),
-    PagedAttentionCase("decode_softcap", (260, 7), (1, 1), softcap=3.0),
-    PagedAttentionCase("prefill_softcap", (100,), (100,), softcap=50.0),
-    PagedAttentionCase("no_requests", (), ()),
 )

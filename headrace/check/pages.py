@@ -67,18 +67,3 @@ def page_table(sequence_lens: Sequence[int], page_size: int, random: np.random.G
     for row, count, first in zip(table, counts, np.cumsum([0, *counts])[:-1], strict=True):
         row[:count] = order[first : first + count]
     return table, num_pages
-
-
-def paged_batch(case: Any, dtype: str, query_dtype: str = "float32", seed: int = 0) -> dict[str, Any]:
-    """The six arrays of a paged_attention call."""
-    random = np.random.default_rng(seed)
-    sizes = {name: getattr(case, name) for name in ("heads", "kv_heads", "head_dim", "value_dim", "page_size")}
-    arrays = paged_arrays(
-        AttentionCase(case.name, "paged", case.query_lens, case.sequence_lens, **sizes), dtype, random
-    )
-    query = random.standard_normal((sum(case.query_lens), case.heads, case.head_dim))
-    return {
-        "query": rounded(query, query_dtype),
-        "query_starts": np.cumsum([0, *case.query_lens], dtype=np.int32),
-        **arrays,
-    }

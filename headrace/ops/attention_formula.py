@@ -38,7 +38,8 @@ def attend(
 ) -> tuple[np.ndarray, np.ndarray]:
     """out [queries, heads, value_dim] and lse [queries, heads] of one request, by `mix` (the exact `mixture`).
 
-    mask: [queries or 1, columns] or [heads or 1, queries or 1, columns], its last column the last key. sinks, alibi_slopes: [heads].
+    mask: [queries or 1, columns] or [heads or 1, queries or 1, columns], its last column the last key.
+    sinks, alibi_slopes: [heads].
     """
     bias = position_bias(len(query), len(keys), options, mask=mask, alibi_slopes=alibi_slopes)
     return (mix or mixture)(query, keys, values, bias=bias, options=options, sinks=sinks)

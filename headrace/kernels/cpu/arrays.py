@@ -129,7 +129,7 @@ def shape_of(array: Any, name: str) -> tuple[int, ...]:
     shape = getattr(array, "shape", None)
     if shape is None or not hasattr(array, "dtype"):
         raise ArgumentError(f"{name}: expected an array, got {type(array).__name__}", "NumPy, torch or JAX on the CPU")
-    return tuple(int(n) for n in shape)
+    return shape if type(shape) is tuple else tuple(int(n) for n in shape)
 
 
 def check_writable(array: Any, name: str) -> None:
