@@ -122,7 +122,7 @@ def layer(dtype, seed=0, tokens=6, keys=40, num_heads=3):
 
 
 def unabsorbed_exact(given, dtype=np.float64, order=slice(None)):
-    """The formula of the un-absorbed form, head by head; `order`: of the latent's elements, in which they are summed."""
+    """The formula of the un-absorbed form, head by head; `order`: in which the latent is summed."""
     query, latent, rope, up, down = (given[name].astype(dtype) for name in given)
     latent, up, down = latent[:, order], up[..., order], down[..., order]
     tokens, keys, scale = len(query), len(latent), dtype(query.shape[2] ** -0.5)
