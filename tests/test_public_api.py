@@ -62,6 +62,7 @@ def test_the_version_is_that_of_the_package():
 
 NAMES_OF_OPS = [
     "AttentionResult",
+    "append_latent_pages",
     "append_pages",
     "attention",
     "choices",
