@@ -5,13 +5,14 @@
     explain("linear", (1, 4096), (4096, 4096), dtype={"weight": "Q4_0"})
 
 The arguments are those of the op, checked as the op checks them, any array given as a tuple: its shape. A shape stands
-for an array of zeros that takes no memory. Lengths and starts given as shapes share tokens and keys out evenly.
+for an array of zeros that takes no memory (some, with indices). Lengths and starts given as shapes share tokens and keys out evenly.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,9 @@ Dtypes = str | Mapping[str, str]
 # Arrays that are not of the call's own type.
 _OTHER_DTYPES = {
     "page_table": "int32",
+    "indices": "int32",
+    "page_indices": "int32",
+    "slots": "int32",
     "sequence_lens": "int32",
     "query_starts": "int32",
     "key_starts": "int32",
@@ -35,6 +39,9 @@ _OTHER_DTYPES = {
     "value_scales": "float32",
     "latent_scales": "float32",
     "sinks": "float32",
+    "table": "float32",
+    "query_norm": "float32",
+    "key_norm": "float32",
     "alibi_slopes": "float32",
     "mask": "bool",
 }
@@ -57,10 +64,11 @@ def explain(
     requests = requests_of(op, *arrays, dtype=dtype, **options)
     request = max(requests, key=lambda each: each.traffic.flops)
     told = explain_request(kernels, request, require=require)
-    if told.chosen is None or len(requests) == 1:
-        return told
-    note = f"the largest of {len(requests)} launches"
-    return replace(told, chosen=replace(told.chosen, notes=(*told.chosen.notes, note)))
+    notes = [f"the largest of {len(requests)} launches"] if len(requests) > 1 else []
+    notes += [request.options["cascade"]] if "cascade" in request.options else []
+    return (
+        told if told.chosen is None else replace(told, chosen=replace(told.chosen, notes=(*told.chosen.notes, *notes)))
+    )
 
 
 def kernels_of(op: str) -> tuple[Kernel, ...]:
@@ -95,20 +103,24 @@ def _attention_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str,
 def _paged_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
     from headrace.ops import paged_attention
 
-    given = _bound(paged_attention.paged_attention, arrays, dtype, options)
-    return [_call(paged_attention, given).request(options.get("out_dtype"))]
+    return _with_cascade(paged_attention, _bound(paged_attention.paged_attention, arrays, dtype, options))
 
 
 def _mla_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
-    from headrace.ops import mla_attention as mla
-    from headrace.ops import paged_attention
+    from headrace.ops import mla_attention
 
-    given = _bound(mla.mla_attention, arrays, dtype, options)
-    query = mla.joined(given.pop("query"), given.pop("query_rope"))
-    pages, scales, value_dim = (given.pop(name) for name in ("latent_pages", "latent_scales", "value_dim"))
-    cached = mla.as_keys_and_values(pages, scales, value_dim)
-    given |= {"query": query, "key_pages": cached.pop("key"), "value_pages": cached.pop("value"), **cached}
-    return [replace(_call(paged_attention, given), op="mla_attention").request(options.get("out_dtype"))]
+    return _with_cascade(mla_attention, _bound(mla_attention.mla_attention, arrays, dtype, options))
+
+
+def _with_cascade(module: Any, given: Mapping[str, Any]) -> list[Request]:
+    """The request, and what equal beginnings of its page table are worth."""
+    from headrace.ops.cascade import cascade_of
+
+    call = _call(module, given)
+    request: Request = call.request(given["out_dtype"])
+    listed = given["indices"] is not None or given["page_indices"] is not None
+    found = None if listed else cascade_of(call, given["cascade"])
+    return [replace(request, options={**request.options, "cascade": str(found)}) if found else request]
 
 
 # Arguments that say nothing of what is asked.
@@ -150,6 +162,33 @@ def _norm_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]
     return [norm.request(given["x"].shape, own, given["out_dtype"] or own)]
 
 
+def _append_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
+    from headrace.ops import append_pages
+
+    given = _bound(append_pages.append_pages, arrays, dtype, options)
+    found = {name: array for name, array in given.items() if hasattr(array, "shape")}
+    return [append_pages.request(_shapes(found), {name: str(array.dtype) for name, array in found.items()})]
+
+
+def _merge_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
+    from headrace.ops import merge_attention
+
+    given = _bound(merge_attention.merge_attention, arrays, dtype, options)
+    outs = [
+        _zeros(part, _dtype_of("parts", dtype)) if _is_shape("parts", part) else _out(part) for part in given["parts"]
+    ]
+    shapes, dtypes = list(_shapes(dict(enumerate(outs))).values()), [str(out.dtype) for out in outs]
+    return [merge_attention.request(shapes, dtypes, given["out_dtype"] or dtypes[0])]
+
+
+def _out(part: Any) -> Any:
+    return part[0] if isinstance(part, tuple) else part.out
+
+
+def _shapes(arrays: Mapping[Any, Any]) -> dict[Any, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in arrays.items()}
+
+
 @dataclass(frozen=True)
 class _Op:
     module: str
@@ -157,9 +196,11 @@ class _Op:
 
 
 _OPS = {
+    "append_pages": _Op("headrace.ops.append_pages", _append_requests),
     "attention": _Op("headrace.ops.attention", _attention_requests),
     "linear": _Op("headrace.ops.linear", _linear_requests),
-    "mla_attention": _Op("headrace.ops.paged_attention", _mla_requests),
+    "merge_attention": _Op("headrace.ops.merge_attention", _merge_requests),
+    "mla_attention": _Op("headrace.ops.mla_attention", _mla_requests),
     "paged_attention": _Op("headrace.ops.paged_attention", _paged_requests),
     "rms_norm": _Op("headrace.ops.norm", _norm_requests),
 }
@@ -179,10 +220,12 @@ def _bound(
     found.apply_defaults()
     shapes = {name: value for name, value in found.arguments.items() if _is_shape(name, value)}
     given = dict(found.arguments)
+    listed = any(given.get(name) is not None for name in ("indices", "page_indices"))  # then pages are cut anew
     for name, shape in shapes.items():
-        if name not in (*_LENGTHS, *_STARTS):
-            given[name] = _zeros(shape, _dtype_of(name, dtype))
-    return given | {name: _shared_out(name, shape[0], given) for name, shape in shapes.items() if given[name] is shape}
+        if name not in (*_LENGTHS, *_STARTS, "page_table"):
+            zeros = _zeros(shape, _dtype_of(name, dtype))
+            given[name] = zeros.copy() if listed else zeros
+    return given | {name: _shared_out(name, shape, given) for name, shape in shapes.items() if given[name] is shape}
 
 
 def _is_shape(name: str, value: Any) -> bool:
@@ -203,12 +246,19 @@ def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return np.broadcast_to(np.zeros((), numpy_dtype(dtype)), shape)
 
 
-def _shared_out(name: str, count: int, given: Mapping[str, Any]) -> np.ndarray:
-    """Starts that cut the tokens evenly, or lengths that leave nothing out."""
+def _shared_out(name: str, shape: tuple[int, ...], given: Mapping[str, Any]) -> np.ndarray:
+    """Starts that cut the tokens evenly, lengths that leave nothing out, and pages for each."""
+    pages, count = given.get("key_pages", given.get("latent_pages")), shape[0]
     if name in _STARTS:
         return np.linspace(0, given[_STARTS[name]].shape[0], count).astype(np.int32)
-    pages = given.get("key_pages", given.get("latent_pages"))
+    if name == "page_table":
+        return (np.arange(math.prod(shape)) % max(pages.shape[0], 1)).astype(np.int32).reshape(shape)
     if pages is not None:
-        return np.full(count, given["page_table"].shape[1] * pages.shape[1], np.int32)
+        return np.full(count, _columns(given["page_table"]) * pages.shape[1], np.int32)
     keys = given["key"].shape[1] if len(given["key"].shape) == 4 else given["key"].shape[0] // max(count, 1)
     return np.full(count, keys, np.int32)
+
+
+def _columns(table: Any) -> int:
+    columns: int = (table if isinstance(table, tuple) else table.shape)[-1]
+    return columns

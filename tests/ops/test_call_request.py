@@ -86,10 +86,33 @@ def test_other_ops_explain_themselves() -> None:
     assert told.chosen and told.request.op == "mla_attention"
 
 
+def test_what_goes_with_attention_explains_itself() -> None:
+    parts = [(np.zeros((4, 8, 64), np.float16), np.zeros((4, 8), np.float32))] * 3
+    merged = explain("merge_attention", parts)
+    assert merged.request == explain("merge_attention", [(4, 8, 64)] * 3, dtype="float16").request
+    pages, scales = (9, 16, 2, 64), (9, 16, 2)
+    types = {"key": "float32", "value": "float32", "key_pages": "int8", "value_pages": "int8"}
+    options = {"slots": (4,), "key_scales": scales, "value_scales": scales, "dtype": types}
+    appended = explain("append_pages", (4, 2, 64), (4, 2, 64), pages, pages, **options)
+    assert appended.request.dtypes["key_pages"] == "int8" and appended.chosen and merged.chosen
+
+
+def test_equal_beginnings_of_a_page_table_are_told() -> None:
+    pages, lens, starts = (512, 64, 8, 128), np.full(8, 64 * 64, np.int32), np.arange(9, dtype=np.int32)
+    apart = np.arange(8 * 64, dtype=np.int32).reshape(8, 64)
+    shared = np.where(np.arange(64) < 60, apart[0], apart).astype(np.int32)
+    notes = []
+    for table in (apart, shared, (8, 64)):
+        told = explain("paged_attention", (8, 32, 128), pages, pages, table, lens, query_starts=starts, cascade=True)
+        assert told.chosen
+        notes.append(told.chosen.notes)
+    assert notes[0] == notes[2] == () and len(notes[1]) == 1 and "8" in notes[1][0]
+
+
 @pytest.mark.parametrize(
     "op,arrays,options,text",
     [
-        ("softmax", (), {}, "op: expected one of attention, linear, mla_attention"),
+        ("softmax", (), {}, "op: expected one of append_pages, attention, linear"),
         ("attention", DECODE, {"causl": True}, "attention: got an unexpected keyword argument 'causl'"),
         ("attention", DECODE[:2], {}, "attention: missing a required argument: 'value'"),
         ("attention", DECODE, {"softcap": -1.0}, "softcap: expected a finite number > 0"),
