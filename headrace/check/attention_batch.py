@@ -97,7 +97,7 @@ def _mask(case: AttentionCase, random: np.random.Generator) -> np.ndarray:
 
 def _random_mask(case: AttentionCase, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray:
     seen = random.random(shape) < 0.6
-    seen[..., 1 % shape[-2] : 2, :] = False  # a row that sees nothing
+    seen[..., 1:2, :] = False  # a row that sees nothing
     if case.mask == "bool":
         return seen
     return np.where(seen, 2 * random.standard_normal(shape), -np.inf).astype(np.float32)

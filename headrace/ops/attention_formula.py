@@ -132,7 +132,7 @@ def decoded(codes: np.ndarray, scales: np.ndarray | None = None) -> np.ndarray:
     uint8 holds two 4-bit codes each, element 2i in the low half and 2i + 1 in the high, as two's complement.
     """
     if codes.dtype == np.uint8:
-        halves = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], -1)
+        halves = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:-1], 2 * codes.shape[-1])
         codes = (halves.astype(np.int8) ^ 8) - 8
     numbers = codes if codes.dtype.itemsize == 8 else codes.astype(np.float32)
     return numbers if scales is None else numbers.astype(np.float64) * scales.astype(np.float64)[..., None]

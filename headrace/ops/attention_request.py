@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import dtype_name, empty_like, shape_of
 from headrace.machine import KernelSpeed, Machine
@@ -92,6 +94,8 @@ def outputs(call: Call, out: Any, out_dtype: str | None) -> AttentionResult:
         out = empty_like(query, (*rows, call.extent.value_dim), wanted)
     check_shape("out", out, (*rows, call.extent.value_dim))
     check_type("out", out, (wanted,))
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ArgumentError("out: expected an array that can be written, got a read-only one")
     return AttentionResult(out, empty_like(query, rows, "float64" if exact else "float32"))
 
 
