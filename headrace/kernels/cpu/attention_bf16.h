@@ -65,11 +65,10 @@ template <class E> static inline Floats load_scaled_words(const typename E::type
   return round_words(mul(load_first<E>(p, n), factor), n > kLanes ? mul(load_first<E>(E::at(p, kLanes), n - kLanes), factor) : zero());
 }
 
-// Keys [begin, end) of the block that starts at `start`, zeros around them.
+// Keys of the block that starts at `start`, of which those of `places` exist, from `begin` on; zeros around them.
 template <class E>
-static void pack_block(const AttentionCall& c, const AttentionWork& w, int64_t start, int64_t begin, int64_t end, const TileBf16& t) {
-  Places places;
-  find_places(c, w, begin, end, places);
+static void pack_block(const AttentionCall& c, const AttentionWork& w, int64_t start, int64_t begin, const Places& places,
+                       const TileBf16& t) {
   const auto *keys = keys_of<E>(c, w.head_begin), *values = values_of<E>(c, w.head_begin);
   bool key_scales = E::scaled && c.key_scales, value_scales = E::scaled && c.value_scales;
   float *key_factors = t.factors, *value_factors = t.factors + kKeyBlock;
@@ -87,6 +86,18 @@ static void pack_block(const AttentionCall& c, const AttentionWork& w, int64_t s
     const float* scale = value_scales ? value_factors + i - skipped : nullptr;
     return load_scaled_words<E>(E::at(values, places.value[i - skipped] + j), c.value_dim - j, scale);
   });
+}
+
+// Part `part` of `parts` of the block that is packed next. Packing reads keys far apart, which no processor foresees.
+template <class E>
+static void prefetch_block(const AttentionCall& c, const AttentionWork& w, const Places& places, int64_t part, int64_t parts) {
+  const auto *keys = keys_of<E>(c, w.head_begin), *values = values_of<E>(c, w.head_begin);
+  asm volatile("");  // NOTE: without an effect, gcc drops calls of functions that only prefetch
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(typename E::type)) * E::per_item;
+  for (int64_t i = places.count * part / parts; i < places.count * (part + 1) / parts; ++i) {
+    for (int64_t j = 0; j < c.head_dim; j += line) HEADRACE_PREFETCH(E::at(keys, places.key[i] + j));
+    for (int64_t j = 0; j < c.value_dim; j += line) HEADRACE_PREFETCH(E::at(values, places.value[i] + j));
+  }
 }
 
 // Up to kSoftRows rows against one block of keys. What none of them sees is not computed.
@@ -119,10 +130,16 @@ template <class E> static void attend_rows_of_head_bf16(const AttentionCall& c, 
   memset(t.scores, 0, kSoftRows * kKeyBlock * 4);
   begin_chunk(c, readable, t.rows);
   if (w.key_begin >= w.key_end) return finish_chunk(c, w, w.head_begin, t.rows, 0, true);
+  Places places;
+  find_places(c, w, w.key_begin, lesser((w.key_begin / kKeyBlock + 1) * kKeyBlock, w.key_end), places);
   for (int64_t start = w.key_begin & ~int64_t{kKeyBlock - 1}; start < w.key_end; start += kKeyBlock) {
     int64_t begin = greater(start, w.key_begin), end = lesser(start + kKeyBlock, w.key_end);
-    pack_block<E>(c, w, start, begin, end, t);
-    for (int64_t r = 0; r < rows; r += kSoftRows) attend_rows_bf16(c, w, r, lesser(kSoftRows, rows - r), start, begin, end, t);
+    pack_block<E>(c, w, start, begin, places, t);
+    find_places(c, w, end, lesser(end + kKeyBlock, w.key_end), places);
+    for (int64_t r = 0; r < rows; r += kSoftRows) {
+      prefetch_block<E>(c, w, places, r / kSoftRows, (rows + kSoftRows - 1) / kSoftRows);
+      attend_rows_bf16(c, w, r, lesser(kSoftRows, rows - r), start, begin, end, t);
+    }
     if (!ends_chunk(w, end)) continue;
     finished_tops(t.rows.top, rows);
     finish_chunk(c, w, w.head_begin, t.rows, chunk++, end == w.key_end);

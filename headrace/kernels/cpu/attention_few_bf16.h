@@ -64,8 +64,10 @@ template <int rows, int columns>
 static inline void add_columns_bf16(const uint16_t* weights, const uint16_t* base, const Places& places, const Due<AsBf16>& due,
                                     int64_t column, int64_t width, float* acc, int64_t acc_stride, const float* keep) {
   constexpr int vectors = 2 * columns;
-  Floats total[rows][vectors];
+  Floats total[rows][vectors];  // NOTE: loops over it are unrolled by order, or else gcc keeps it in memory
+#pragma GCC unroll 4
   for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
     for (int i = 0; i < vectors; ++i) total[r][i] = zero();
   for (int64_t k = 0; k < places.count; k += 2) {
     int64_t second = lesser(k + 1, places.count - 1);  // where there is none: any, its weight is 0
@@ -83,8 +85,11 @@ static inline void add_columns_bf16(const uint16_t* weights, const uint16_t* bas
       for (int i = 0; i < vectors; ++i) total[r][i] = dot_pairs(total[r][i], x[i], weight);
     }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < rows; ++r)
-    for (int i = 0; i < vectors && (i % 2 == 0 || width > kLanes); ++i) {
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) {
+      if (i % 2 == 1 && width <= kLanes) continue;
       float* to = acc + r * acc_stride + i * kLanes;
       store(to, fma(load(to), broadcast(keep[r]), total[r][i]));
     }

@@ -124,10 +124,13 @@ static inline Floats broadcast_pair(const uint16_t* p) {
   return {_mm512_castsi512_ps(_mm512_set1_epi32(pair))};
 }
 
+// NOTE: unrolled by order, or else gcc keeps the sums in memory at both ends of the loop over the depth.
 template <int rows, int vectors>
 static inline void multiply_pairs(const ProductBf16& p, int64_t column) {
   Floats total[rows][vectors], x[vectors];
+#pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
     for (int i = 0; i < vectors; ++i) total[r][i] = zero();
   const uint16_t *a = p.a, *b = p.b + 2 * column;
   for (int64_t k = 0; k < p.depth; k += 2, b += p.b_stride, a += 2) {
@@ -137,7 +140,9 @@ static inline void multiply_pairs(const ProductBf16& p, int64_t column) {
       for (int i = 0; i < vectors; ++i) total[r][i] = dot_pairs(total[r][i], x[i], factor);
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
     for (int i = 0; i < vectors; ++i) {
       float* to = p.c + r * p.c_stride + column + i * kLanes;
       store(to, p.keep ? fma(load(to), broadcast(p.keep[r]), total[r][i]) : total[r][i]);
