@@ -26,11 +26,13 @@ from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import Buffer, Fixed, dtype_name, empty_like, is_torch
 from headrace.machine import Machine, this_machine
 from headrace.ops.attention_options import AttentionResult
-from headrace.ops.attention_request import WIDTHS, Call, launch
+from headrace.ops.attention_request import WIDTHS, Call, kernels, launch
 from headrace.ops.merge_attention import merge_attention
+from headrace.ops.select import Request, Traffic
 
 # Two more calls, and the tables that are made for them: what a group must save at least.
-EXTRA_CALLS_SECONDS = 1e-4
+EXTRA_CALLS_SECONDS = 4e-4
+_PARTIAL_MOVES = 4  # of a row's second result: written, read, and the first one too
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,10 @@ class Sharing:
     row_page_s: float  # to compute a row against a page
     row_s: float  # to write, read and merge a row's second part
 
+    def may_save(self) -> bool:
+        """Whether reading binds anywhere: arithmetic is the same, shared or not."""
+        return bool(((self.limits > 0) & (self.rows * self.row_page_s < self.page_s)).any())
+
     def saved_s(self, group: Group) -> float:
         """What a group saves; below 0: it costs."""
         rows = int(self.rows[list(group.requests)].sum())
@@ -94,6 +100,8 @@ def cascade_of(call: Call, wanted: bool | str) -> Cascade | None:
     if limits is None or not _begins_alike(table, limits):
         return None
     sharing = _sharing(call, limits, this_machine()) if wanted == "auto" else _free(call, limits)
+    if not sharing.may_save():
+        return None
     groups = groups_of(table, sharing)
     page_size = call.arrays["key"].shape[1]
     saved = sum((len(group.requests) - 1) * group.num_pages for group in groups) * page_size
@@ -149,23 +157,31 @@ def _key_bytes(call: Call) -> int:
 
 
 def _sharing(call: Call, limits: np.ndarray, machine: Machine) -> Sharing:
+    """Read at the rate of one beginning, which is read over and over; computed as fast as the kernel that would run."""
     extent, page_size = call.extent, call.arrays["key"].shape[1]
-    rows = np.diff(np.asarray(call.arrays["query_starts"]).astype(np.int64))
-    traffic = call.request().traffic
-    dims = extent.head_dim + extent.value_dim
-    partial = extent.heads * (extent.value_dim * 4 * 4 + extent.head_dim * 2 * WIDTHS[dtype_name(call.arrays["query"])])
-    page_s, row_page_s = machine.seconds(
-        page_size * _key_bytes(call), 2 * page_size * extent.heads * dims, traffic.unit
-    )
-    # As many bytes as one page: what the roof is for shared beginnings depends on how many there are.
-    whole = max(int(limits.max()), 1)
-    page_s = machine.seconds(whole * page_size * _key_bytes(call), 0, traffic.unit)[0] / whole
-    return Sharing(limits, rows, page_s, row_page_s, machine.seconds(partial, 0, traffic.unit)[0])
+    asked, rows = call.request(), _query_lens(call)
+    page_bytes, most = page_size * _key_bytes(call), max(int(limits.max()), 1)
+    page_s = machine.seconds(most * page_bytes, 0, asked.traffic.unit)[0] / most
+    row_flops = 2 * page_size * extent.heads * (extent.head_dim + extent.value_dim)
+    row_page_s = _compute_seconds(asked, row_flops * most, machine) / most
+    query_bytes = extent.head_dim * WIDTHS[dtype_name(call.arrays["query"])]
+    partial_bytes = extent.heads * (extent.value_dim * 4 * _PARTIAL_MOVES + 2 * query_bytes)
+    return Sharing(limits, rows, page_s, row_page_s, machine.seconds(partial_bytes, 0, asked.traffic.unit)[0])
+
+
+def _compute_seconds(asked: Request, flops: int, machine: Machine) -> float:
+    """What that much arithmetic takes the cheapest kernel that can run the request."""
+    much, nothing = (replace(asked, traffic=Traffic(0, n, asked.traffic.unit)) for n in (flops, 0))
+    return min(k.cost(much, machine) - k.cost(nothing, machine) for k in kernels() if not k.why_not(asked))
+
+
+def _query_lens(call: Call) -> np.ndarray:
+    return np.diff(np.asarray(call.arrays["query_starts"]).astype(np.int64))
 
 
 def _free(call: Call, limits: np.ndarray) -> Sharing:
     """Where every page not read again counts, and nothing else."""
-    return Sharing(limits, np.diff(np.asarray(call.arrays["query_starts"]).astype(np.int64)), 1.0, 0.0, 0.0)
+    return Sharing(limits, _query_lens(call), 1.0, 0.0, 0.0)
 
 
 def groups_of(table: np.ndarray, sharing: Sharing) -> list[Group]:
@@ -180,7 +196,7 @@ def groups_of(table: np.ndarray, sharing: Sharing) -> list[Group]:
             pages, earlier, others = forest.pop()
             groups, loose = _joined(sharing, earlier + groups, others + loose, pages)
         forest.append((shared, groups, loose))
-    return [group for _, groups, _ in forest for group in groups]
+    return sorted((group for _, groups, _ in forest for group in groups), key=lambda group: group.requests)
 
 
 def _joined(sharing: Sharing, groups: list[Group], loose: list[int], num_pages: int) -> tuple[list[Group], list[int]]:
