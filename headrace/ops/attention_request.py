@@ -117,18 +117,25 @@ def attention_request(
         "deterministic": options.deterministic,
         "num_keys": extent.keys,
     }
-    return Request(op, shapes, dtypes, _traffic(extent, options, shapes, dtypes), said)
+    # Latent attention reads its values as a part of its keys.
+    read = extent.head_dim + (0 if op == "mla_attention" else extent.value_dim)
+    return Request(op, shapes, dtypes, _traffic(extent, options, shapes, dtypes, read_dim=read), said)
 
 
 def _traffic(
-    extent: Extent, options: AttentionOptions, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
+    extent: Extent,
+    options: AttentionOptions,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str],
+    *,
+    read_dim: int,
 ) -> Traffic:
     requests = max(extent.requests, 1)
     queries, keys = -(-extent.queries // requests), extent.keys // requests  # of a request, as if all were alike
     seen = seen_pairs(queries, keys, options) * extent.queries // max(queries, 1)
     read = keys_read(queries, keys, options) * requests
     both = extent.head_dim + extent.value_dim
-    key_bytes = both * WIDTHS[dtypes["key"]] // (2 if dtypes["key"] == "uint8" else 1)
+    key_bytes = read_dim * WIDTHS[dtypes["key"]] // (2 if dtypes["key"] == "uint8" else 1)
     key_bytes += 4 * ("key_scales" in shapes) + 4 * ("value_scales" in shapes)
     row_bytes = extent.head_dim * WIDTHS[dtypes["query"]] + extent.value_dim * WIDTHS[dtypes["out"]] + 4
     num_bytes = read * extent.kv_heads * key_bytes + extent.queries * extent.heads * row_bytes

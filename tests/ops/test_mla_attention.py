@@ -6,7 +6,7 @@ import pytest
 
 from headrace.check.attention_batch import attention_batch, reference, straightforward
 from headrace.check.attention_cases import heads, paged
-from headrace.check.attention_expected import assert_close
+from headrace.check.attention_expected import assert_close, prepared
 from headrace.check.compare import assert_within_budget, poisoned, rounded
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import Fixed, as_tensor
@@ -228,3 +228,10 @@ def test_int4_latents_need_an_even_value_dim():
     batch, _ = latent_batch(CASES[-1])
     with pytest.raises(ArgumentError, match="value_dim: expected an even number"):
         op.mla_attention(**(batch | {"value_dim": 33}))
+
+
+def test_a_cached_row_is_counted_once():
+    batch, as_paged = latent_batch(SMALL)
+    latents, apart = op.prepared(**batch).request().traffic, prepared(as_paged).request().traffic
+    assert apart.num_bytes - latents.num_bytes == sum(SMALL.key_lens) * SMALL.value_dim * 4
+    assert apart.flops == latents.flops
