@@ -5,7 +5,8 @@
     explain("linear", (1, 4096), (4096, 4096), dtype={"weight": "Q4_0"})
 
 The arguments are those of the op, checked as the op checks them, any array given as a tuple: its shape. A shape stands
-for an array of zeros that takes no memory (some, with indices). Lengths and starts given as shapes share tokens and keys out evenly.
+for an array of zeros that takes no memory (some, with indices). Lengths and starts given as shapes share tokens and
+keys out evenly.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.ops.explanation import Explanation, explain_request
+from headrace.ops.explanation import Candidate, Explanation, explain_request
 from headrace.ops.select import Kernel, Request
 
 Dtypes = str | Mapping[str, str]
@@ -61,14 +62,24 @@ def explain(
     kernels = kernels_of(op)
     if len(arrays) == 1 and isinstance(arrays[0], Request):
         return explain_request(kernels, arrays[0], require=require)
-    requests = requests_of(op, *arrays, dtype=dtype, **options)
-    request = max(requests, key=lambda each: each.traffic.flops)
-    told = explain_request(kernels, request, require=require)
-    notes = [f"the largest of {len(requests)} launches"] if len(requests) > 1 else []
-    notes += [request.options["cascade"]] if "cascade" in request.options else []
-    return (
-        told if told.chosen is None else replace(told, chosen=replace(told.chosen, notes=(*told.chosen.notes, *notes)))
-    )
+    found = _asked(op, arrays, dtype, options)
+    largest = max(found, key=lambda each: each.request.traffic.flops)
+    told = explain_request(kernels, largest.request, require=require)
+    if largest.call is not None:
+        able = tuple(_divided(candidate, largest) for candidate in told.able)
+        told = replace(told, chosen=told.chosen and _divided(told.chosen, largest), able=able)
+    notes = [f"the largest of {len(found)} launches"] if len(found) > 1 else []
+    notes += [largest.request.options["cascade"]] if "cascade" in largest.request.options else []
+    if told.chosen is None:
+        return told
+    return replace(told, chosen=replace(told.chosen, notes=(*told.chosen.notes, *notes)))
+
+
+class Asked(NamedTuple):
+    """One launch: what is asked of the kernels, and the checked call where the op has one."""
+
+    request: Request
+    call: Any = None
 
 
 def kernels_of(op: str) -> tuple[Kernel, ...]:
@@ -81,38 +92,42 @@ def kernels_of(op: str) -> tuple[Kernel, ...]:
 
 def requests_of(op: str, *arrays: Any, dtype: Dtypes = "float32", **options: Any) -> list[Request]:
     """What a call asks of the kernels, one request per launch: more than one where a mask makes it several."""
+    return [each.request for each in _asked(op, arrays, dtype, options)]
+
+
+def _asked(op: str, arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
     if op not in _OPS:
         raise ArgumentError(f"op: expected one of {', '.join(sorted(_OPS))}, got {op!r}")
-    return _OPS[op].requests(arrays, dtype, options)
+    return _OPS[op].asked(arrays, dtype, options)
 
 
 # Attention
 
 
-def _attention_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
+def _of_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
     from headrace.ops import attention
 
     call = _call(attention, _bound(attention.attention, arrays, dtype, options))
-    request_dtype = options.get("out_dtype")
+    out_dtype = options.get("out_dtype")
     if "mask" not in call.arrays or not isinstance(options.get("mask"), np.ndarray):
-        return [call.request(request_dtype)]
+        return [Asked(call.request(out_dtype), call)]
     place = attention.AttentionResult(call.arrays["query"], call.arrays["query"][..., 0])  # only sliced, never written
-    return [part.request(request_dtype) for part, _ in attention.parts(call, place)]
+    return [Asked(part.request(out_dtype), part) for part, _ in attention.parts(call, place)]
 
 
-def _paged_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
+def _of_paged_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
     from headrace.ops import paged_attention
 
     return _with_cascade(paged_attention, _bound(paged_attention.paged_attention, arrays, dtype, options))
 
 
-def _mla_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
+def _of_mla_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
     from headrace.ops import mla_attention
 
     return _with_cascade(mla_attention, _bound(mla_attention.mla_attention, arrays, dtype, options))
 
 
-def _with_cascade(module: Any, given: Mapping[str, Any]) -> list[Request]:
+def _with_cascade(module: Any, given: Mapping[str, Any]) -> list[Asked]:
     """The request, and what equal beginnings of its page table are worth."""
     from headrace.ops.cascade import cascade_of
 
@@ -120,7 +135,34 @@ def _with_cascade(module: Any, given: Mapping[str, Any]) -> list[Request]:
     request: Request = call.request(given["out_dtype"])
     listed = given["indices"] is not None or given["page_indices"] is not None
     found = None if listed else cascade_of(call, given["cascade"])
-    return [replace(request, options={**request.options, "cascade": str(found)}) if found else request]
+    return [Asked(replace(request, options={**request.options, "cascade": str(found)}) if found else request, call)]
+
+
+def _divided(candidate: Candidate, asked: Asked) -> Candidate:
+    """The candidate with the division of work that it would make, where the arrays are known or can be stood in for."""
+    from headrace.kernels import cpu
+    from headrace.kernels.cpu.arrays import Buffer, numpy_dtype
+    from headrace.kernels.cpu.attention import division
+
+    call, level = asked.call, candidate.isa if candidate.isa in cpu.ISAS else cpu.isa()
+    arrays, rows = call.arrays, call.arrays["query"].shape[:-1]
+    if any(isinstance(array, Buffer) for array in arrays.values()):
+        return candidate
+    try:
+        real = {name: _with_memory(array) for name, array in arrays.items()}
+        real["out"] = np.empty((*rows, call.extent.value_dim), numpy_dtype(asked.request.dtypes["out"]))
+    except MemoryError:
+        return replace(candidate, notes=(*candidate.notes, "splits are not known: too large for this machine"))
+    real["lse"] = np.empty(rows, np.float64 if candidate.arithmetic == "fp64" else np.float32)
+    options = call.options.native()
+    splits, _, num_bytes = division(candidate.workers, level, real, options, arithmetic=candidate.arithmetic)
+    return replace(candidate, splits=splits, workspace_bytes=num_bytes)
+
+
+def _with_memory(array: Any) -> Any:
+    """The array, or in place of one that stands for a shape one that could be read: addresses, not yet memory."""
+    stand_in = isinstance(array, np.ndarray) and 0 in array.strides and array.size > 1
+    return np.empty(array.shape, array.dtype) if stand_in else array
 
 
 # Arguments that say nothing of what is asked.
@@ -135,7 +177,7 @@ def _call(module: Any, given: Mapping[str, Any]) -> Any:
 # Others
 
 
-def _linear_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
+def _of_linear(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
     from headrace.ops import linear
 
     given = _bound(linear.linear, arrays, dtype, options)
@@ -144,7 +186,7 @@ def _linear_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, An
         raise ArgumentError(f"precision: expected one of {', '.join(linear.PRECISIONS)}, got {precision!r}")
     name = weight.format if isinstance(weight, linear.PackedWeight) else _format(weight, dtype)
     request = linear.request(given["x"].shape[0], [(name, *weight.shape)], str(given["x"].dtype), precision)
-    return [request]
+    return [Asked(request)]
 
 
 def _format(weight: Any, dtype: Dtypes) -> str:
@@ -154,23 +196,24 @@ def _format(weight: Any, dtype: Dtypes) -> str:
     return get_format(named).name
 
 
-def _norm_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
+def _of_norm(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
     from headrace.ops import norm
 
     given = _bound(norm.rms_norm, arrays, dtype, options)
     own = str(given["x"].dtype)
-    return [norm.request(given["x"].shape, own, given["out_dtype"] or own)]
+    return [Asked(norm.request(given["x"].shape, own, given["out_dtype"] or own))]
 
 
-def _append_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
+def _of_append(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
     from headrace.ops import append_pages
 
     given = _bound(append_pages.append_pages, arrays, dtype, options)
     found = {name: array for name, array in given.items() if hasattr(array, "shape")}
-    return [append_pages.request(_shapes(found), {name: str(array.dtype) for name, array in found.items()})]
+    dtypes = {name: str(array.dtype) for name, array in found.items()}
+    return [Asked(append_pages.request(_shapes(found), dtypes))]
 
 
-def _merge_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Request]:
+def _of_merge(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
     from headrace.ops import merge_attention
 
     given = _bound(merge_attention.merge_attention, arrays, dtype, options)
@@ -178,7 +221,7 @@ def _merge_requests(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any
         _zeros(part, _dtype_of("parts", dtype)) if _is_shape("parts", part) else _out(part) for part in given["parts"]
     ]
     shapes, dtypes = list(_shapes(dict(enumerate(outs))).values()), [str(out.dtype) for out in outs]
-    return [merge_attention.request(shapes, dtypes, given["out_dtype"] or dtypes[0])]
+    return [Asked(merge_attention.request(shapes, dtypes, given["out_dtype"] or dtypes[0]))]
 
 
 def _out(part: Any) -> Any:
@@ -192,17 +235,17 @@ def _shapes(arrays: Mapping[Any, Any]) -> dict[Any, tuple[int, ...]]:
 @dataclass(frozen=True)
 class _Op:
     module: str
-    requests: Callable[[Sequence[Any], Dtypes, dict[str, Any]], list[Request]]
+    asked: Callable[[Sequence[Any], Dtypes, dict[str, Any]], list[Asked]]
 
 
 _OPS = {
-    "append_pages": _Op("headrace.ops.append_pages", _append_requests),
-    "attention": _Op("headrace.ops.attention", _attention_requests),
-    "linear": _Op("headrace.ops.linear", _linear_requests),
-    "merge_attention": _Op("headrace.ops.merge_attention", _merge_requests),
-    "mla_attention": _Op("headrace.ops.mla_attention", _mla_requests),
-    "paged_attention": _Op("headrace.ops.paged_attention", _paged_requests),
-    "rms_norm": _Op("headrace.ops.norm", _norm_requests),
+    "append_pages": _Op("headrace.ops.append_pages", _of_append),
+    "attention": _Op("headrace.ops.attention", _of_attention),
+    "linear": _Op("headrace.ops.linear", _of_linear),
+    "merge_attention": _Op("headrace.ops.merge_attention", _of_merge),
+    "mla_attention": _Op("headrace.ops.mla_attention", _of_mla_attention),
+    "paged_attention": _Op("headrace.ops.paged_attention", _of_paged_attention),
+    "rms_norm": _Op("headrace.ops.norm", _of_norm),
 }
 
 

@@ -10,6 +10,9 @@ import pytest
 from headrace.check.attention_batch import attention_batch, op_of
 from headrace.check.attention_cases import ATTENTION, AttentionCase
 from headrace.errors import ArgumentError, KernelError
+from headrace.kernels.cpu.attention import division
+from headrace.machine import this_machine
+from headrace.ops.attention_options import checked_options
 from headrace.ops.call_request import explain, kernels_of, requests_of
 from headrace.ops.select import choices, reset_choices
 
@@ -107,6 +110,27 @@ def test_equal_beginnings_of_a_page_table_are_told() -> None:
         assert told.chosen
         notes.append(told.chosen.notes)
     assert notes[0] == notes[2] == () and len(notes[1]) == 1 and "8" in notes[1][0]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_long_decode_is_cut_among_the_threads(threads: int) -> None:
+    arrays = {name: np.zeros((1, length, 1, 64), np.float32) for name, length in (("query", 1), ("key", 9000))}
+    arrays |= {"value": arrays["key"], "out": arrays["query"], "lse": np.zeros((1, 1, 1), np.float32)}
+    options = checked_options(64).native()
+    splits, intervals, num_bytes = division(threads, "portable", arrays, options, arithmetic="fp32")
+    assert splits == intervals == threads and (num_bytes >= 4 * 64 * splits) == (threads > 1)
+    short = arrays | {"key": arrays["key"][:, :20], "value": arrays["value"][:, :20]}
+    assert division(threads, "portable", short, options, arithmetic="fp32")[::2] == (1, 0)
+
+
+def test_splits_and_workspace_are_told() -> None:
+    told = explain("attention", (1, 1, 1, 64), (1, 60_000, 1, 64), (1, 60_000, 1, 64))
+    assert told.chosen and told.chosen.splits == told.chosen.workers == this_machine().cores
+    assert (told.chosen.workspace_bytes > 0) == (told.chosen.splits > 1)
+    fixed = explain("attention", (1, 1, 1, 64), (1, 60_000, 1, 64), (1, 60_000, 1, 64), deterministic=True)
+    assert fixed.chosen and fixed.chosen.batch_invariant
+    huge = explain("attention", *((1 << 10, 1 << 24, 8, 128),) * 3)
+    assert huge.chosen and "splits are not known" in huge.chosen.notes[0]
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_plan_shows_in_the_explanation() -> None:
     assert told.chosen
     found = told.chosen
     assert (found.splits, found.workers, found.workspace_bytes, found.batch_invariant) == (7, 5, 12_345, True)
-    assert "note: mask recognised as document blocks (4)" in str(told) and "12 kB" in str(told)
+    assert "note: mask recognised as document blocks (4)" in str(told) and "12.3 kB" in str(told)
     assert [rejected.predicate for rejected in told.rejected] == ["require batch_invariant"]
 
 

@@ -19,3 +19,12 @@ def run(level: str, arrays: Mapping[str, Any], options: Mapping[str, Any], *, ar
     """Fills arrays["out"] and arrays["lse"]."""
     tensors = {name: as_tensor(array, name) for name, array in arrays.items() if array is not None}
     native.attention(runner_of(arrays["query"]), level, **tensors, **options, arithmetic=arithmetic)
+
+
+def division(
+    threads: int, level: str, arrays: Mapping[str, Any], options: Mapping[str, Any], *, arithmetic: str
+) -> tuple[int, int, int]:
+    """How `run` would divide the call: parts of the item cut most, intervals, bytes of partial results."""
+    tensors = {name: as_tensor(array, name) for name, array in arrays.items() if array is not None}
+    found: tuple[int, int, int] = native.attention_division(threads, level, **tensors, **options, arithmetic=arithmetic)
+    return found

@@ -49,13 +49,20 @@ class Attention : public Op {
   }
   int phases() const override { return 3; }
 
+  AttentionDivision division(int64_t threads) {
+    divide(Sizes{}, threads);
+    int64_t splits = 1;
+    for (const auto& m : schedule_.merges) splits = std::max(splits, m.pieces);
+    return {splits, intervals_, workspace_bytes()};
+  }
+
   int64_t chunks(int phase, const Sizes& sizes, int) const override {
     if (phase == 0) return t_.query->rows(sizes) + requests(sizes) > 0;
     return phase == 1 ? intervals_ : merge_rows_;
   }
 
   void run(int phase, int64_t chunk, Worker& worker, const Sizes& sizes) override {
-    if (phase == 0) return divide(sizes, worker);
+    if (phase == 0) return prepare(sizes, worker);
     if (phase == 1) return attend_interval(chunk, worker);
     merge(chunk, worker);
   }
@@ -235,9 +242,16 @@ class Attention : public Op {
         add_item(c, w, Item{r, head, head + heads, (end - 1) / tile * tile, end, 0, 0, 0, few_rows});
   }
 
-  void divide(const Sizes& sizes, Worker& worker) {
-    int64_t n = requests(sizes), tokens = t_.query->rows(sizes), threads = worker.num_threads();
+  void prepare(const Sizes& sizes, Worker& worker) {
+    divide(sizes, worker.num_threads());
+    partial_ = workspace_bytes() ? reinterpret_cast<float*>(worker.workspace(workspace_bytes())) : nullptr;
+  }
+  int64_t workspace_bytes() const { return items_.empty() ? 0 : schedule_.slots * slot_floats_ * 4; }
+
+  void divide(const Sizes& sizes, int64_t threads) {
+    int64_t n = requests(sizes), tokens = t_.query->rows(sizes);
     items_.clear(), counts_.clear(), weights_.clear();
+    schedule_.merges.clear();
     intervals_ = merge_rows_ = 0;
     check_starts(n, tokens);
     AttentionCall c = call();
@@ -249,10 +263,10 @@ class Attention : public Op {
       add_items(r, a, c, threads);
     }
     if (items_.empty()) return;
-    place(c, all_few ? (n == 1 ? threads : 2 * threads) : 4 * threads, worker);
+    place(c, all_few ? (n == 1 ? threads : 2 * threads) : 4 * threads);
   }
 
-  void place(const AttentionCall& c, int64_t workers, Worker& worker) {
+  void place(const AttentionCall& c, int64_t workers) {
     ScheduleCosts costs{kSegmentCost, kMergeCost, workers, kLeastSegment};
     auto plan = [&] {
       schedule_.plan(counts_.data(), weights_.data(), static_cast<int64_t>(items_.size()), costs);
@@ -270,7 +284,6 @@ class Attention : public Op {
     }
     intervals_ = schedule_.intervals();
     for (const auto& m : schedule_.merges) merge_rows_ += items_[m.item].head_end - items_[m.item].head_begin;
-    partial_ = schedule_.slots ? reinterpret_cast<float*>(worker.workspace(schedule_.slots * slot_floats_ * 4)) : nullptr;
   }
   int64_t item_rows(const Item& i) const { return (i.head_end - i.head_begin) * (i.token_end - i.token_begin) * group(); }
 
@@ -451,9 +464,7 @@ void check_options(const Expect& expect, const AttentionTensors& t) {
               shape_text(*t.mask));
 }
 
-}  // namespace
-
-void submit_attention(Runner& runner, Isa isa, const AttentionTensors& t, const AttentionOptions& options) {
+std::unique_ptr<Attention> checked_attention(Isa isa, const AttentionTensors& t, const AttentionOptions& options) {
   Expect expect{t.page_table ? "paged_attention" : "attention"};
   check_arrays(expect, t, options);
   check_layout(expect, t);
@@ -462,7 +473,18 @@ void submit_attention(Runner& runner, Isa isa, const AttentionTensors& t, const 
   const Kernels& kernels = kernels_for(isa);
   if (options.arithmetic == Arithmetic::bf16 && !kernels.attend_tile_bf16)
     throw std::invalid_argument(std::string("attention: kernel: no bf16 products at level ") + isa_name(isa));
-  runner.submit(std::make_unique<Attention>(kernels, t, options, expect.op));
+  return std::make_unique<Attention>(kernels, t, options, expect.op);
+}
+
+}  // namespace
+
+void submit_attention(Runner& runner, Isa isa, const AttentionTensors& t, const AttentionOptions& options) {
+  runner.submit(checked_attention(isa, t, options));
+}
+
+AttentionDivision attention_division(int64_t threads, Isa isa, const AttentionTensors& t, const AttentionOptions& options) {
+  if (threads < 1) throw std::invalid_argument("attention: threads: expected 1 at least, got " + text(threads));
+  return checked_attention(isa, t, options)->division(threads);
 }
 
 }  // namespace headrace

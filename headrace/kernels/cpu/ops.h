@@ -72,6 +72,13 @@ struct AttentionOptions {
 };
 void submit_attention(Runner& runner, Isa isa, const AttentionTensors& tensors, const AttentionOptions& options);
 
+// How that call would be divided: into how many parts at most one item is, intervals in all, bytes of partial results.
+// Nothing but starts and lengths is read.
+struct AttentionDivision {
+  int64_t splits, intervals, workspace_bytes;
+};
+AttentionDivision attention_division(int64_t threads, Isa isa, const AttentionTensors& tensors, const AttentionOptions& options);
+
 // parts of one attention, each out [..., heads, value_dim] f32|f16|bf16 and lse [..., heads] f32, or all f64 -> the whole, the
 // same shapes. sinks [heads] f32 may be absent.
 struct MergeTensors {
