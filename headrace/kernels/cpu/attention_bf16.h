@@ -1,8 +1,9 @@
 // attention, many query rows per KV head (prefill), over products of bf16: VDPBF16PS or AMX tiles.
 // Wins: more than 16 rows per KV head where queries and keys are bf16, or may be rounded to it.
-// Schedule: that of attention_prefill.h; keys and values are packed once per block of 64 for all rows of the item; 32 rows (24
-// over vectors) at a time scores, online softmax, weights rounded to bf16, weighted values. Queries stay bf16: the scale is
-// applied to the scores. Bound: bf16 products, and over tiles the softmax, which costs about as much as 64 dimensions do.
+// Schedule: that of attention_prefill.h; keys and values are packed once per block of 64 for all rows of the item; 24 rows at a
+// time (32 over tiles) scores, online softmax, weights rounded to bf16, weighted values. Over tiles the softmax costs nearly
+// what the products do: it runs between those of the rows after and of the rows before. Queries stay bf16: the scale is
+// applied to the scores. Bound: bf16 products.
 // Error: scores are sums of exact products in float; weights are rounded to bf16, their sum and all else is float.
 #pragma once
 #include "attention_decode.h"
@@ -12,11 +13,13 @@ namespace headrace {
 namespace HEADRACE_ISA {
 
 #if defined(HEADRACE_BF16_VECTORS)
-constexpr int kSoftRows = 24;  // rows whose scores are there at a time
+constexpr int kSoftRows = 24;  // rows that are softened together
+constexpr int kStages = 1;     // groups of them under way at a time
 #else
 constexpr int kSoftRows = kProductRows;
+constexpr int kStages = 3;
 #endif
-static_assert(kSoftRows <= kMostSoftRows, "");
+static_assert(kSoftRows * kStages <= kMostSoftRows, "");
 
 // The buffers of a work item (tile_scratch_floats: half of what floats take, but for the rows added).
 struct TileBf16 {
@@ -36,12 +39,9 @@ struct TileBf16 {
     rows.sums = rows.acc + n * padded_lanes(c.value_dim);
     rows.whole = rows.sums + n * kLanes;
     scores = rows.whole + n * partial_stride(c);
-    keep = scores + kSoftRows * kKeyBlock;
-    factors = keep + padded_lanes(kSoftRows);
+    keep = scores + kStages * kSoftRows * kKeyBlock;
+    factors = keep + padded_lanes(kStages * kSoftRows);
     rows.top = factors + 2 * kKeyBlock;
-  }
-  Gathered from(const AttentionCall& c, int64_t row) const {
-    return {rows.acc + row * padded_lanes(c.value_dim), rows.sums + row * kLanes, rows.top + row, nullptr};
   }
 };
 
@@ -100,26 +100,68 @@ static void prefetch_block(const AttentionCall& c, const AttentionWork& w, const
   }
 }
 
-// Up to kSoftRows rows against one block of keys. What none of them sees is not computed.
-static void attend_rows_bf16(const AttentionCall& c, const AttentionWork& w, int64_t row, int64_t rows, int64_t start,
-                             int64_t begin, int64_t end, TileBf16& t) {
+// Up to kSoftRows rows against one block of keys. What none of them sees, outside [from, to) of the block, is not computed.
+struct SoftGroup {
+  int64_t row, rows, from, to;
+  bool all_seen;
+  float *scores, *keep;
+};
+
+static SoftGroup group_of(const AttentionCall& c, const AttentionWork& w, int64_t number, int64_t start, int64_t begin, int64_t end,
+                          const TileBf16& t) {
+  int64_t row = number * kSoftRows, rows = lesser(kSoftRows, num_rows(c, w) - row), stage = number % kStages;
   int64_t first_token = w.token_begin + row / c.group, last_token = w.token_begin + (row + rows - 1) / c.group;
   KeyRange seen = keys_seen(c, w, first_token, last_token + 1);
   int64_t from = greater(seen.begin, begin) - start, to = lesser(seen.end, end) - start;
-  if (from >= to) return;
-  int64_t column = from & ~int64_t{kLanes - 1}, depth = padded_depth(c.head_dim);
-  t.multiplier.multiply(rows, padded_lanes(to) - column,
-                        {t.query + row * depth, t.keys + 2 * column, t.scores + column, depth, 2 * kKeyBlock, kKeyBlock, depth, nullptr});
   bool all_seen = !w.first_keys && from == 0 && to == kKeyBlock && first_key(c, w, last_token) <= start &&
                   last_key(c, w, first_token) >= start + kKeyBlock - 1;
+  return {row, rows, from, to, all_seen, t.scores + stage * kSoftRows * kKeyBlock, t.keep + stage * kSoftRows};
+}
+
+static void plan_scores(const AttentionCall& c, const SoftGroup& g, TileBf16& t) {
+  if (g.from >= g.to) return;
+  int64_t column = g.from & ~int64_t{kLanes - 1}, depth = padded_depth(c.head_dim);
+  t.multiplier.plan(g.rows, padded_lanes(g.to) - column, {t.query + g.row * depth, t.keys + 2 * column, g.scores + column, depth,
+                                                          2 * kKeyBlock, kKeyBlock, depth, nullptr});
+}
+
+static void plan_values(const AttentionCall& c, const SoftGroup& g, TileBf16& t) {
+  if (g.from >= g.to) return;
+  int64_t first = g.from & ~int64_t{kDepthStep - 1}, width = padded_lanes(c.value_dim), packed = 2 * padded_depth(c.value_dim);
+  const auto* weights = reinterpret_cast<const uint16_t*>(g.scores);
+  t.multiplier.plan(g.rows, width, {weights + first, t.values + first / 2 * packed, t.rows.acc + g.row * width, 2 * kKeyBlock,
+                                    packed, width, padded_depth(g.to - first), g.keep});
+}
+
+static void soften_group(const AttentionCall& c, const AttentionWork& w, const SoftGroup& g, int64_t start, int64_t begin,
+                         int64_t end, TileBf16& t) {
+  if (g.from >= g.to) return;
+  bool adjusted = !g.all_seen || c.softcap > 0 || w.alibi || w.mask;
   float factor = static_cast<float>(c.scale);
-  if (!all_seen || c.softcap > 0 || w.alibi || w.mask) factor = adjust_rows(c, w, w.head_begin, row, rows, start, begin, end, t.scores);
-  Gathered g = t.from(c, row);
-  soften_bf16(t.scores, rows, factor, g.top, g.sums, t.keep);
-  int64_t first = from & ~int64_t{kDepthStep - 1}, width = padded_lanes(c.value_dim), packed = 2 * padded_depth(c.value_dim);
-  const auto* weights = reinterpret_cast<const uint16_t*>(t.scores);
-  t.multiplier.multiply(rows, width, {weights + first, t.values + first / 2 * packed, g.acc, 2 * kKeyBlock, packed, width,
-                                      padded_depth(to - first), t.keep});
+  if (adjusted) factor = adjust_rows(c, w, w.head_begin, g.row, g.rows, start, begin, end, g.scores);
+  soften_bf16(g.scores, g.rows, factor, t.rows.top + g.row, t.rows.sums + g.row * kLanes, g.keep, [&] { t.multiplier.step(); });
+}
+
+// All rows against one block. With three stages, products of the group after and of the group before are planned, and
+// computed while this one is softened; with one, a plan is a product computed at once. `between` is called once per group.
+template <class Between>
+static void attend_groups(const AttentionCall& c, const AttentionWork& w, int64_t start, int64_t begin, int64_t end, TileBf16& t,
+                          Between between) {
+  constexpr int late = kStages / 2;
+  int64_t groups = (num_rows(c, w) + kSoftRows - 1) / kSoftRows;
+  SoftGroup all[kStages];
+  for (int64_t i = 0; i < groups + 2 * late; ++i) {
+    if (i < groups) {
+      between(i, groups);
+      all[i % kStages] = group_of(c, w, i, start, begin, end, t);
+      plan_scores(c, all[i % kStages], t);
+    }
+    int64_t weighted = i - 2 * late, softened = i - late;
+    if (late && weighted >= 0) plan_values(c, all[weighted % kStages], t);
+    if (softened >= 0 && softened < groups) soften_group(c, w, all[softened % kStages], start, begin, end, t);
+    if (!late) plan_values(c, all[0], t);
+    t.multiplier.finish();
+  }
 }
 
 template <class E> static void attend_rows_of_head_bf16(const AttentionCall& c, const AttentionWork& w) {
@@ -127,7 +169,7 @@ template <class E> static void attend_rows_of_head_bf16(const AttentionCall& c, 
   int64_t rows = num_rows(c, w), readable = TileBf16::readable(rows), depth = padded_depth(c.head_dim), chunk = 0;
   load_queries_bf16(c, w, w.head_begin, t.query);
   memset(t.query + rows * depth, 0, static_cast<size_t>((readable - rows) * depth) * 2);
-  memset(t.scores, 0, kSoftRows * kKeyBlock * 4);
+  memset(t.scores, 0, kStages * kSoftRows * kKeyBlock * 4);
   begin_chunk(c, readable, t.rows);
   if (w.key_begin >= w.key_end) return finish_chunk(c, w, w.head_begin, t.rows, 0, true);
   Places places;
@@ -136,10 +178,8 @@ template <class E> static void attend_rows_of_head_bf16(const AttentionCall& c, 
     int64_t begin = greater(start, w.key_begin), end = lesser(start + kKeyBlock, w.key_end);
     pack_block<E>(c, w, start, begin, places, t);
     find_places(c, w, end, lesser(end + kKeyBlock, w.key_end), places);
-    for (int64_t r = 0; r < rows; r += kSoftRows) {
-      prefetch_block<E>(c, w, places, r / kSoftRows, (rows + kSoftRows - 1) / kSoftRows);
-      attend_rows_bf16(c, w, r, lesser(kSoftRows, rows - r), start, begin, end, t);
-    }
+    attend_groups(c, w, start, begin, end, t,
+                  [&](int64_t part, int64_t parts) { prefetch_block<E>(c, w, places, part, parts); });
     if (!ends_chunk(w, end)) continue;
     finished_tops(t.rows.top, rows);
     finish_chunk(c, w, w.head_begin, t.rows, chunk++, end == w.key_end);

@@ -119,7 +119,7 @@ static void attend_block_bf16(const AttentionCall& c, const AttentionWork& w, in
   bool adjusted = places.count < kKeyBlock || w.query_len > 1 || w.first_keys || w.mask || w.alibi || c.softcap > 0;
   float factor = static_cast<float>(c.scale);
   if (adjusted) factor = adjust_rows(c, w, kv_head, 0, rows, begin, begin, begin + places.count, scores);
-  soften_bf16(scores, rows, factor, g.top, g.sums, keep);
+  soften_bf16(scores, rows, factor, g.top, g.sums, keep, [] {});
   const auto* weights = reinterpret_cast<const uint16_t*>(scores);
   for (int64_t r = 0; r < rows;)
     r += take_rows(rows - r, [&](auto n) {

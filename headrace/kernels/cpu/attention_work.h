@@ -9,7 +9,7 @@ namespace headrace {
 constexpr int kKeyBlock = 64;      // keys per step; blocks begin at multiples of it, whoever computes them
 constexpr int kPartialExtra = 16;  // floats after a partial row: its largest score, its sum, padding
 constexpr int kRowStep = 6;        // query rows the prefill kernel computes at a time
-constexpr int kMostSoftRows = 32;  // the same over products of bf16, at most
+constexpr int kMostSoftRows = 96;  // rows whose scores are there at a time over products of bf16, at most
 
 // Of keys, values or their scales, in elements (codes, where two share a byte).
 struct CacheStrides {

@@ -156,7 +156,12 @@ template <int rows> static void multiply_columns(const ProductBf16& p, int64_t c
   for (; j < columns; j += kLanes) multiply_pairs<rows, 1>(p, j);
 }
 
+// The same interface as over tiles; a product planned is computed at once.
 struct Multiplier {
+  void plan(int64_t rows, int64_t columns, const ProductBf16& p) { multiply(rows, columns, p); }
+  void step() {}
+  void finish() {}
+
   void some_rows(int64_t rows, int64_t columns, const ProductBf16& p) {
     switch (rows) {
       case 1: return multiply_columns<1>(p, columns);
@@ -213,16 +218,42 @@ static void keep_rows(const ProductBf16& p, int64_t rows, int64_t columns) {
   }
 }
 
-// Configured as long as it lives: make one per work item.
+// Configured as long as it lives: make one per work item. A product can be planned and then computed step by step, between
+// other things: tiles are multiplied beside vector instructions, if only these are near enough in the program.
 struct Multiplier {
+  struct Planned {
+    int64_t rows, columns;
+    ProductBf16 p;
+  };
   Tiles tiles;
+  Planned planned[2];
+  int first = 0, count = 0;
+  int64_t column = 0;
+
+  // Up to 32 rows; at most two at a time.
+  void plan(int64_t rows, int64_t columns, const ProductBf16& p) {
+    if (p.keep) keep_rows(p, rows, columns);
+    planned[(first + count++) % 2] = {rows, columns, p};
+  }
+  // 32 columns of what was planned first.
+  void step() {
+    if (!count) return;
+    const Planned& now = planned[first];
+    bool two_rows = now.rows > 16;
+    if (column + kLanes < now.columns)
+      two_rows ? multiply_tiles<true, true>(tiles, now.p, column) : multiply_tiles<false, true>(tiles, now.p, column);
+    else
+      two_rows ? multiply_tiles<true, false>(tiles, now.p, column) : multiply_tiles<false, false>(tiles, now.p, column);
+    column += 2 * kLanes;
+    if (column >= now.columns) first = 1 - first, --count, column = 0;
+  }
+  void finish() {
+    while (count) step();
+  }
 
   void some_rows(int64_t rows, int64_t columns, const ProductBf16& p) {
-    if (p.keep) keep_rows(p, rows, columns);
-    int64_t j = 0;
-    for (; j + 2 * kLanes <= columns; j += 2 * kLanes)
-      rows > 16 ? multiply_tiles<true, true>(tiles, p, j) : multiply_tiles<false, true>(tiles, p, j);
-    if (j < columns) rows > 16 ? multiply_tiles<true, false>(tiles, p, j) : multiply_tiles<false, false>(tiles, p, j);
+    plan(rows, columns, p);
+    finish();
   }
 
 #endif

@@ -87,8 +87,10 @@ static inline void move_tops(const float* scores, int rows, Floats factor, float
 // Products [rows, 64], scores when multiplied by `factor` > 0, become weights in bf16 in the first half of their row. They
 // are relative to the largest score so far, `top` (times log2(e), see finished_tops); `sums` [rows, 16] gather them lane by
 // lane, and `keep` says how much of what was gathered before remains.
+// `between` is called after every fourth row.
 // NOTE: a block of which a row sees nothing leaves that row's bits as they were.
-static void soften_bf16(float* scores, int64_t rows, float factor, float* top, float* sums, float* keep) {
+template <class Between>
+static inline void soften_bf16(float* scores, int64_t rows, float factor, float* top, float* sums, float* keep, Between between) {
   Floats binary = broadcast(factor * kLog2E);
   for (int64_t first = 0; first < rows; first += kLanes) {
     float bases[kLanes];
@@ -103,6 +105,7 @@ static void soften_bf16(float* scores, int64_t rows, float factor, float* top, f
       store_words(words + 32, round_words(weight[2], weight[3]));
       Floats total = add(add(weight[0], weight[1]), add(weight[2], weight[3]));
       store(sums + r * kLanes, fma(load(sums + r * kLanes), broadcast(keep[r]), total));
+      if (r % 4 == 3) between();
     }
   }
 }
