@@ -4,6 +4,9 @@ Every kernel is timed on every subject that it can run, small ones and large one
 whose predictions are closest in the mean of |log(predicted / measured)|, in which one disturbed sample counts little.
 The cost model is fitted, not solved: from the default, one constant at a time is moved up and down by ever smaller
 factors for as long as that helps. Leaving the default costs a little, so what no subject tells apart stays near it.
+A call costs kernels that compete (that were timed on the same subject) the same, for it is Python and the waking of
+threads: the cost with which all of them together are predicted best. Of repeated samples the shortest counts: what else
+runs only ever makes them longer.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from headrace.ops.select import Kernel
 
 LONGEST_CALL_S = 0.2  # what is predicted to take longer teaches nothing that a shorter case does not
 _FACTORS = (4.0, 2.0, 1.4, 1.1, 1.03)
+_CALL_STEPS = tuple(1.15**step for step in range(-6, 9))  # times the quickest sample
 _LEAVING = 1e-3  # what a factor of e away from the default costs, beside a mean error of as much
 _SEEDS_S = {"tile_s": 1e-7, "segment_s": 1e-6, "merge_s": 1e-6}  # where a constant that starts at 0 begins
 
@@ -31,6 +35,7 @@ _SEEDS_S = {"tile_s": 1e-7, "segment_s": 1e-6, "merge_s": 1e-6}  # where a const
 class Sample:
     """One kernel on one subject: what it had to do, and how long it took."""
 
+    subject: str
     memory_s: float
     compute_s: float
     seconds: float
@@ -51,7 +56,7 @@ def measure(subjects: Iterable[Subject], machine: Machine, repeat: int) -> dict[
         for kernel in subject.kernels:
             if kernel.name in subject.able() and kernel.cost(subject.request, machine) <= LONGEST_CALL_S:
                 call = functools.partial(subject.run, kernel.name)
-                seconds = Spread.of([call_seconds(call) for _ in range(repeat)]).median
+                seconds = min(call_seconds(call) for _ in range(repeat))
                 key, sample = sample_of(subject, kernel, machine, seconds)
                 samples[key].append(sample)
     return dict(samples)
@@ -63,14 +68,13 @@ def sample_of(subject: Subject, kernel: Kernel, machine: Machine, seconds: float
     unit = plan.arithmetic or traffic.unit
     memory_s, compute_s = machine.seconds(traffic.num_bytes, traffic.flops, unit)
     counts = (plan.tiles, plan.segments, plan.merges)
-    return f"{subject.request.op}/{kernel.name}/{unit}", Sample(memory_s, compute_s, seconds, *counts)
+    return f"{subject.request.op}/{kernel.name}/{unit}", Sample(subject.name, memory_s, compute_s, seconds, *counts)
 
 
 def fit(samples: Sequence[Sample], default: KernelSpeed) -> KernelSpeed:
-    """The speed that predicts the samples best."""
-    names = ["call_s", "arithmetic", "read"]
+    """The speed that predicts the samples best, a call costing what it does by default."""
+    names = ["arithmetic", "read"]
     names += [f"{name[:-1]}_s" for name in ("tiles", "segments", "merges") if any(getattr(s, name) for s in samples)]
-    default = replace(default, call_s=min(sample.seconds for sample in samples))
     speed, error = default, error_of(samples, default)
     for factor in _FACTORS:
         improved = True
@@ -108,7 +112,28 @@ def _distance(speed: KernelSpeed, default: KernelSpeed) -> float:
 
 def fitted(samples: Mapping[str, Sequence[Sample]]) -> dict[str, KernelSpeed]:
     """The speed of each "op/kernel/unit"."""
-    return {key: fit(found, _default(key)) for key, found in samples.items()}
+    found: dict[str, KernelSpeed] = {}
+    for keys in competing(samples):
+        quickest = min(sample.seconds for key in keys for sample in samples[key])
+        tried = [_fitted_with(samples, keys, quickest * step) for step in _CALL_STEPS]
+        found |= min(tried, key=lambda speeds: sum(error_of(samples[key], speeds[key]) for key in speeds))
+    return {key: found[key] for key in samples}
+
+
+def competing(samples: Mapping[str, Sequence[Sample]]) -> list[list[str]]:
+    """The keys in groups; in a group are those that share a subject with another of it."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for key, found in samples.items():
+        subjects, keys = {sample.subject for sample in found}, [key]
+        for group in [group for group in groups if group[0] & subjects]:
+            groups.remove(group)
+            subjects, keys = subjects | group[0], group[1] + keys
+        groups.append((subjects, keys))
+    return [keys for _, keys in groups]
+
+
+def _fitted_with(samples: Mapping[str, Sequence[Sample]], keys: Sequence[str], call_s: float) -> dict[str, KernelSpeed]:
+    return {key: fit(samples[key], replace(_default(key), call_s=call_s)) for key in keys}
 
 
 def _default(key: str) -> KernelSpeed:
