@@ -116,8 +116,12 @@ def fitted(samples: Mapping[str, Sequence[Sample]]) -> dict[str, KernelSpeed]:
     for keys in competing(samples):
         quickest = min(sample.seconds for key in keys for sample in samples[key])
         tried = [_fitted_with(samples, keys, quickest * step) for step in _CALL_STEPS]
-        found |= min(tried, key=lambda speeds: sum(error_of(samples[key], speeds[key]) for key in speeds))
+        found |= min(tried, key=functools.partial(_total_error, samples))
     return {key: found[key] for key in samples}
+
+
+def _total_error(samples: Mapping[str, Sequence[Sample]], speeds: Mapping[str, KernelSpeed]) -> float:
+    return sum(error_of(samples[key], speed) for key, speed in speeds.items())
 
 
 def competing(samples: Mapping[str, Sequence[Sample]]) -> list[list[str]]:

@@ -130,9 +130,10 @@ def _checked(x: Any, weights: Sequence[PackedWeight], precision: str) -> Request
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of this op, imported when first asked for."""
     from headrace.kernels.cpu import linear
-    from headrace.ops.per_isa import per_isa
+    from headrace.ops.per_isa import per_isa, row_by_row
 
-    return per_isa(linear.run, linear.LEVELS)
+    vectors = per_isa(linear.run, linear.LEVELS[:3], plan=row_by_row)
+    return *per_isa(linear.run, linear.LEVELS[3:]), *vectors  # over tiles, 16 tokens are computed otherwise than 1
 
 
 @functools.cache

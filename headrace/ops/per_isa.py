@@ -61,6 +61,11 @@ def predicted_seconds(
     return seconds + plan.tiles * speed.tile_s + plan.segments * speed.segment_s + plan.merges * speed.merge_s
 
 
+def row_by_row(request: Request, machine: Machine) -> Plan:
+    """The plan of a kernel that computes each row on its own: its bits depend on nothing else."""
+    return Plan(workers=machine.cores, batch_invariant=True)
+
+
 def _missing(level: str) -> Reason:
     if cpu.ISAS.index(level) > cpu.ISAS.index(cpu.best_isa()):
         return Reason(INSTRUCTION_SET, f"{cpu.best_isa()}, this CPU's best", level, "a CPU that has it")

@@ -10,8 +10,10 @@ from headrace.errors import ArgumentError, KernelError
 from headrace.kernels import cpu
 from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu import linear as linear_cpu
+from headrace.machine import this_machine
 from headrace.ops import linear as op
 from headrace.ops.formats import FORMATS, dequantize
+from headrace.ops.select import choose
 
 X = np.ones((1, 32), np.float32)
 EACH_KERNEL = pytest.mark.parametrize("kernel", op.kernels(), ids=lambda kernel: kernel.name)
@@ -133,6 +135,10 @@ def test_a_token_does_not_depend_on_its_neighbours(name):
     together = op.linear(x, weight, kernel=vectors)
     for token in (0, 7, 8, 12, 20):
         assert np.array_equal(op.linear(x[token : token + 1], weight, kernel=vectors)[0], together[token])
+    request = op.request(21, [(name, 48, cols)])
+    assert choose(op.kernels(), request, vectors, ("batch_invariant",)).name == vectors
+    amx = next(kernel for kernel in op.kernels() if kernel.name == "cpu_amx")
+    assert not amx.planned(request, this_machine()).batch_invariant
 
 
 @EACH_FORMAT

@@ -12,6 +12,7 @@ from headrace.errors import ArgumentError, KernelError
 from headrace.kernels import cpu
 from headrace.ops import norm
 from headrace.ops.explanation import explain_request
+from headrace.ops.select import choose
 
 TYPES = list(itertools.product(norm.DTYPES, norm.DTYPES))
 
@@ -89,3 +90,15 @@ def test_explain_names_the_kernel_that_choose_takes():
     assert told.chosen.kernel == "cpu_portable"
     reasons = {rejected.kernel: rejected.reason for rejected in told.rejected}
     assert reasons["cpu_avx2"].required == "avx2" and "portable" in reasons["cpu_avx2"].observed
+
+
+def test_a_row_does_not_depend_on_its_neighbours_and_the_kernels_say_so():
+    x = np.random.default_rng(0).standard_normal((37, 200)).astype(np.float32)
+    weight = np.ones(200, np.float32)
+    for kernel in norm.kernels():
+        if kernel.why_not(norm.request(x.shape)):
+            continue
+        together = norm.rms_norm(x, weight, kernel=kernel.name)
+        alone = [norm.rms_norm(x[row : row + 1], weight, kernel=kernel.name)[0] for row in range(len(x))]
+        assert np.array_equal(together, np.stack(alone))
+    assert choose(norm.kernels(), norm.request(x.shape), require=("batch_invariant", "exact", "no_copy"))
