@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import dtype_name, empty_like, numpy_dtype, shape_of
+from headrace.kernels.cpu.arrays import check_writable, dtype_name, empty_like, numpy_dtype, shape_of
 from headrace.ops.attention_options import AttentionResult
 from headrace.ops.select import Kernel, Request, Traffic, choose
 
@@ -40,16 +40,22 @@ def merge_attention(
     """The attention over the keys of all parts, each an AttentionResult or (out, lse); any number, one at least.
 
     Each part's out: float32, float16 or bfloat16, beside lse float32; or both float64 in all parts. sinks: float32
-    [heads], which the parts must not contain. out: written in place when given; else arrays of the first part's kind,
-    in out_dtype, by default the widest of the parts'. Raises ArgumentError for parts that do not fit each other.
+    [heads], which the parts must not contain. out: written in place when given, and may be one of the parts; else
+    arrays of the first part's kind, in out_dtype, by default the widest of the parts'. Raises ArgumentError for parts
+    that do not fit each other.
     """
     outs, lses = _split(parts)
     dtypes = [dtype_name(part) for part in outs]
+    if out is not None and not isinstance(out, AttentionResult):
+        raise ArgumentError(f"out: expected an AttentionResult, got {type(out).__name__}")
     out_dtype = out_dtype or (max(dtypes, key=_width) if out is None else dtype_name(out.out))
     if out_dtype not in DTYPES:
         raise ArgumentError(f"out_dtype: expected one of {', '.join(DTYPES)}, got {out_dtype!r}")
     shape = shape_of(outs[0], "parts[0].out")
-    if out is None:
+    if out is not None:
+        check_writable(out.out, "out.out")
+        check_writable(out.lse, "out.lse")
+    else:
         lse_dtype = "float64" if out_dtype == "float64" else "float32"
         out = AttentionResult(empty_like(outs[0], shape, out_dtype), empty_like(outs[0], shape[:-1], lse_dtype))
     asked = request([shape] * len(outs), dtypes, out_dtype)

@@ -111,6 +111,17 @@ def test_what_is_given_is_written():
     assert np.isnan(out.out[[0, 7]]).all() and np.isnan(out.lse[[0, 7]]).all()
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_a_part_may_become_the_whole(dtype):
+    parts = [
+        (out, lse.astype("float64" if dtype == "float64" else "float32"))
+        for out, lse in random_parts((6, 4, 40), 3, dtype)
+    ]
+    expected = op.merge_attention(parts)
+    op.merge_attention(parts, out=AttentionResult(*parts[1]))
+    assert np.array_equal(parts[1][0], expected.out) and np.array_equal(parts[1][1], expected.lse)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     count=st.integers(2, 9), cut=st.integers(1, 8), seed=st.integers(0, 2**31), empty=st.sampled_from([0.0, 0.4, 1.0])
@@ -198,6 +209,13 @@ GOOD = (np.ones((2, 3, 8), np.float32), np.zeros((2, 3), np.float32))
         ([GOOD, (GOOD[0].astype(np.int32), GOOD[1])], {}, r"parts\[1\].out: expected float32 or float16 or bfloat16"),
         ([GOOD, (GOOD[0].astype(np.float64), GOOD[1])], {}, r"parts\[0\].out: expected float64"),
         ([GOOD], {"out_dtype": "int8"}, "out_dtype: expected one of"),
+        ([GOOD], {"out": GOOD}, "out: expected an AttentionResult, got tuple"),
+        (
+            [GOOD],
+            {"out": AttentionResult(GOOD[0], np.broadcast_to(GOOD[1], (2, 3)))},
+            "out.lse: expected an array that",
+        ),
+        ([GOOD], {"out": AttentionResult(GOOD[0][:1], GOOD[1])}, r"out: expected \[..., heads, value_dim\] beside"),
         ([GOOD], {"sinks": np.zeros(4, np.float32)}, r"sinks: expected \[3\]"),
         ([GOOD], {"sinks": np.zeros(3)}, "sinks: expected float32"),
         ([(np.ones((2, 3, 16), np.float32)[..., ::2], GOOD[1])], {}, "contiguous inner dimensions"),

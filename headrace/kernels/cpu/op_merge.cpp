@@ -68,18 +68,19 @@ class MergeAttention : public Op {
       seen |= weights[p] != kNothing;
       top = weights[p] > top ? weights[p] : top;
     }
-    auto* out = reinterpret_cast<double*>(row_of(*t_.out, i));
-    for (int64_t j = 0; j < value_dim_; ++j) out[j] = 0;
     for (size_t p = 0; p < t_.outs.size(); ++p) {
-      if (weights[p] == kNothing) continue;
-      double weight = std::exp(weights[p] - top);
-      const auto* part = reinterpret_cast<const double*>(row_of(*t_.outs[p], i));
-      for (int64_t j = 0; j < value_dim_; ++j) out[j] += weight * part[j];
-      total += weight;
+      weights[p] = weights[p] == kNothing ? 0.0 : std::exp(weights[p] - top);
+      total += weights[p];
+    }
+    double divisor = total + (sink == kNothing ? 0.0 : std::exp(sink - top));
+    auto* out = reinterpret_cast<double*>(row_of(*t_.out, i));
+    for (int64_t j = 0; j < value_dim_; ++j) {
+      double mixed = 0;
+      for (size_t p = 0; seen && p < t_.outs.size(); ++p)
+        if (*lse_of<double>(*t_.lses[p], i) != kNothing) mixed += weights[p] * reinterpret_cast<const double*>(row_of(*t_.outs[p], i))[j];
+      out[j] = seen ? mixed / divisor : 0.0;
     }
     *lse_of<double>(*t_.lse, i) = seen ? top + std::log(total) : kNothing;
-    double divisor = total + (sink == kNothing ? 0.0 : std::exp(sink - top));
-    for (int64_t j = 0; seen && j < value_dim_; ++j) out[j] /= divisor;
   }
 
   const Kernels& kernels_;
