@@ -111,7 +111,8 @@ def _of_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any])
     out_dtype = options.get("out_dtype")
     if "mask" not in call.arrays or not isinstance(options.get("mask"), np.ndarray):
         return [Asked(call.request(out_dtype), call)]
-    place = attention.AttentionResult(call.arrays["query"], call.arrays["query"][..., 0])  # only sliced, never written
+    query = call.arrays["query"]
+    place = attention.AttentionResult(query, query[..., 0])  # only sliced, never written
     return [Asked(part.request(out_dtype), part) for part, _ in attention.parts(call, place)]
 
 
