@@ -248,6 +248,21 @@ def bench_ops(
         bench_ops(plan, json_only=as_json, progress=progress)
 
 
+@verb(bench, "synth")
+def bench_synth(
+    target: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    shape: Annotated[str, typer.Option(help="Sizes of which model: 135m, 1b, 3b, 7b or 8b.")],
+    recipe: Annotated[str, typer.Option("--type", help="f16, q8_0, q4_0, q4_k_m, ...: as for quantize.")],
+    seed: Annotated[int, typer.Option(help="One seed, one file.")] = 0,
+) -> None:
+    """Write a model of a real one's shape with random weights, for speed alone."""
+    from headrace.bench.synth import write_synthetic
+
+    with ProgressLine() as progress:
+        write_synthetic(target, shape, recipe, seed=seed, progress=progress)
+    print(target)
+
+
 @verb(app)
 def doctor() -> None:
     """What this machine can do, measured, and what is missing."""
