@@ -59,6 +59,27 @@ static void score_rows_bf16(const AttentionCall& c, const uint16_t* query, const
   }
 }
 
+// The same, each pair of products after the one before, as the tile kernel sums them: pairs of sixteen keys are transposed.
+template <int rows>
+static void score_rows_bf16_in_order(const AttentionCall& c, const uint16_t* query, const uint16_t* base, const Places& places,
+                                     const Due<AsBf16>& due, float* scores) {
+  int64_t stride = padded_depth(c.head_dim);
+  for (int64_t first = 0; first < places.count; first += kLanes) {
+    Floats acc[rows], square[kLanes];
+    for (int r = 0; r < rows; ++r) acc[r] = zero();
+    for (int64_t j = 0; j < c.head_dim; j += kDepthStep) {
+      for (int i = 0; i < kLanes; ++i) {
+        HEADRACE_PREFETCH(due.key(first + i) + j);
+        square[i] = load_as_words<AsBf16>(base + places.key[lesser(first + i, places.count - 1)] + j, c.head_dim - j);
+      }
+      transpose(square);
+      for (int i = 0; i < kLanes; ++i)
+        for (int r = 0; r < rows; ++r) acc[r] = dot_pairs(acc[r], square[i], broadcast_pair(query + r * stride + j + 2 * i));
+    }
+    for (int r = 0; r < rows; ++r) store(scores + r * kKeyBlock + first, acc[r]);
+  }
+}
+
 // acc [rows, 32 x columns] = acc * keep + weights values, two tokens at a time. `width`: of the last 32, how many exist.
 template <int rows, int columns>
 static inline void add_columns_bf16(const uint16_t* weights, const uint16_t* base, const Places& places, const Due<AsBf16>& due,
@@ -114,7 +135,8 @@ static void attend_block_bf16(const AttentionCall& c, const AttentionWork& w, in
   for (int64_t r = 0; r < rows;)
     r += take_rows(rows - r, [&](auto n) {
       const uint16_t* from = query + r * padded_depth(c.head_dim);
-      score_rows_bf16<decltype(n)::value>(c, from, keys, places, r ? own : later, scores + r * kKeyBlock);
+      auto score = w.in_order ? score_rows_bf16_in_order<decltype(n)::value> : score_rows_bf16<decltype(n)::value>;
+      score(c, from, keys, places, r ? own : later, scores + r * kKeyBlock);
     });
   bool adjusted = places.count < kKeyBlock || w.query_len > 1 || w.first_keys || w.mask || w.alibi || c.softcap > 0;
   float factor = static_cast<float>(c.scale);

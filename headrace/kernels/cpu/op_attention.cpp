@@ -191,8 +191,12 @@ class Attention : public Op {
   }
 
   bool few(int64_t rows) const { return rows <= kFewRows && few_kernel() && (!o_.batch_invariant || in_order()); }
-  // Whether the decode kernel gives the bits of the tile kernel, which multiplies codes by their scales first.
-  bool in_order() const { return o_.arithmetic == Arithmetic::fp32 && !t_.key_scales && !t_.value_scales; }
+  // Whether the decode kernel gives the bits of the tile kernel, which multiplies codes by their scales first. AMX tiles
+  // sum the even and the odd of their pairs apart, which vectors do not.
+  bool in_order() const {
+    if (o_.arithmetic == Arithmetic::fp32) return !t_.key_scales && !t_.value_scales;
+    return o_.arithmetic == Arithmetic::bf16 && key().dtype == DType::bf16 && !kernels_.strip_block;
+  }
   void (*few_kernel() const)(const AttentionCall&, const AttentionWork&) {
     bool narrow = o_.arithmetic == Arithmetic::bf16 && key().dtype == DType::bf16;  // others are converted, to float as well
     return narrow                               ? kernels_.attend_few_bf16
