@@ -151,12 +151,16 @@ HEADS = ["  by", "ms (min-max, n)", "GB/s", "GFLOP/s", "of roof", "headrace is"]
 
 def row(name: str, spread: Spread, ours: Spread, ceiling: Ceiling) -> list[str]:
     """A line of the table."""
-    text = "{:.3g} ({:.3g}-{:.3g}, {})".format(
-        *(1e3 * t for t in (spread.median, spread.low, spread.high)), spread.count
-    )
+    median, low, high = (_milliseconds(seconds) for seconds in (spread.median, spread.low, spread.high))
+    text = f"{median} ({low}-{high}, {spread.count})"
     ratio = "" if spread is ours else f"{spread.median / ours.median:.2f} x"
     rates = [f"{amount / spread.median / 1e9:.1f}" for amount in (ceiling.num_bytes, ceiling.flops)]
     return [f"  {name}", text, *rates, f"{ceiling.seconds / spread.median:.1%}", ratio]
+
+
+def _milliseconds(seconds: float) -> str:
+    digits = 3 if seconds < 1e-2 else 1 if seconds < 1 else 0
+    return f"{1e3 * seconds:.{digits}f}"
 
 
 def case_data(case: SpeedCase, ceiling: Ceiling, work: Work, spreads: dict[str, Spread]) -> dict[str, Any]:

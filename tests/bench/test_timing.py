@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from headrace.bench.timing import Spread, alternate
+import pytest
+
+from headrace.bench import timing
+from headrace.bench.timing import Spread, alternate, call_seconds
 
 
 def test_spread_is_the_middle_and_the_ends() -> None:
@@ -27,3 +30,11 @@ def test_every_round_has_each_once_and_another_first() -> None:
 
 def test_nobody_takes_no_turns() -> None:
     assert alternate({}, 3) == {}
+
+
+@pytest.mark.parametrize("each_s,calls", [(1e-6, 500), (1e-4, 5), (1e-3, 2), (1.0, 1)])
+def test_short_calls_are_many_and_long_ones_few(monkeypatch: pytest.MonkeyPatch, each_s: float, calls: int) -> None:
+    made = []
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: len(made) * each_s)
+    assert call_seconds(lambda: made.append(0), 5e-4) == pytest.approx(each_s)
+    assert calls <= len(made) <= 4 * calls + 2
