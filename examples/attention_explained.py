@@ -3,8 +3,8 @@
 import numpy as np
 
 from headrace.ops import choices, explain
-from headrace.ops.merge_attention import merge_attention
-from headrace.ops.paged_attention import paged_attention
+from headrace.ops.attention_merge import merge_attention
+from headrace.ops.attention_paged import paged_attention
 
 lens, page_size, heads, kv_heads, head_dim = [3000, 77, 1025], 64, 32, 8, 128
 random = np.random.default_rng(0)

@@ -5,7 +5,7 @@ import timeit
 import numpy as np
 
 from headrace.ops import explain
-from headrace.ops.attention import attention
+from headrace.ops.attention_dense import attention
 
 sequences, cache, heads, kv_heads, head_dim = 16, 8192, 32, 8, 128
 random = np.random.default_rng(0)

@@ -117,7 +117,7 @@ def build(case: SpeedCase, seed: int = 0) -> Work:
 
 
 def _dense(case: SpeedCase, seed: int) -> Work:
-    from headrace.ops.attention import attention
+    from headrace.ops.attention_dense import attention
     from headrace.ops.call_request import explain
 
     random = np.random.default_rng(seed)
@@ -138,8 +138,8 @@ def _options(case: SpeedCase) -> dict[str, Any]:
 
 
 def _paged(case: SpeedCase, seed: int) -> Work:
+    from headrace.ops.attention_paged import paged_attention
     from headrace.ops.call_request import explain
-    from headrace.ops.paged_attention import paged_attention
 
     random = np.random.default_rng(seed)
     parts = [_part(case, *lens, random) for lens in zip(case.query_lens, case.key_lens, strict=True)]
@@ -161,8 +161,8 @@ def _paged(case: SpeedCase, seed: int) -> Work:
 
 
 def _latent(case: SpeedCase, seed: int) -> Work:
+    from headrace.ops.attention_latent import mla_attention
     from headrace.ops.call_request import explain
-    from headrace.ops.mla_attention import mla_attention
 
     random = np.random.default_rng(seed)
     parts = []

@@ -15,14 +15,14 @@ import numpy as np
 from headrace.check.attention_cases import AttentionCase
 from headrace.check.compare import rounded
 from headrace.check.pages import paged_arrays, unwritten, written, written_scales
-from headrace.ops import attention, paged_attention
+from headrace.ops import attention_dense, attention_paged
 from headrace.ops.attention_formula import capped, per_head
 from headrace.ops.attention_options import AttentionOptions, AttentionResult
 
 
 def op_of(case: AttentionCase) -> Any:
     """The function that the case is of."""
-    return paged_attention.paged_attention if case.layout == "paged" else attention.attention
+    return attention_paged.paged_attention if case.layout == "paged" else attention_dense.attention
 
 
 def attention_batch(
@@ -49,7 +49,7 @@ def attention_batch(
 
 def reference(case: AttentionCase, batch: dict[str, Any], mix: Any = None) -> AttentionResult:
     """The case's op by its formula, in float64."""
-    module = paged_attention if case.layout == "paged" else attention
+    module = attention_paged if case.layout == "paged" else attention_dense
     return module.reference(**batch, mix=mix)
 
 

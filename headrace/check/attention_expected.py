@@ -10,7 +10,7 @@ from headrace.check.attention_cases import AttentionCase
 from headrace.check.compare import assert_within_budget, poisoned, rounded
 from headrace.kernels.cpu.arrays import Buffer, dtype_name, empty_like
 from headrace.machine import this_machine
-from headrace.ops import attention, paged_attention
+from headrace.ops import attention_dense, attention_paged
 from headrace.ops.attention_options import AttentionResult
 from headrace.ops.attention_request import Call, kernels
 from headrace.ops.select import Reason
@@ -19,7 +19,7 @@ from headrace.ops.select import Reason
 def prepared(batch: dict[str, Any]) -> Call:
     """The call with these arguments."""
     paged = "page_table" in batch
-    return paged_attention.prepared(**batch) if paged else attention.prepared(**batch)
+    return attention_paged.prepared(**batch) if paged else attention_dense.prepared(**batch)
 
 
 def why_not(kernel: str, batch: dict[str, Any]) -> list[Reason]:

@@ -12,10 +12,10 @@ import numpy as np
 
 from headrace.config import ModelConfig
 from headrace.kernels.cpu.arrays import Buffer
-from headrace.ops.append_pages import append_pages
+from headrace.ops.attention_paged import paged_attention
 from headrace.ops.linear import PackedWeight, linear, linear_gated, linear_many
 from headrace.ops.norm import rms_norm
-from headrace.ops.paged_attention import paged_attention
+from headrace.ops.page_append import append_pages
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,17 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-# Where each public name lives.
+# Where each public name lives. NOTE: no module here may have the name of a function: once imported, it would hide it.
 _HOMES = {
     "AttentionResult": "headrace.ops.attention_options",
-    "append_latent_pages": "headrace.ops.append_pages",
-    "append_pages": "headrace.ops.append_pages",
-    "attention": "headrace.ops.attention",
+    "append_latent_pages": "headrace.ops.page_append",
+    "append_pages": "headrace.ops.page_append",
+    "attention": "headrace.ops.attention_dense",
     "choices": "headrace.ops.select",
     "explain": "headrace.ops.call_request",
-    "merge_attention": "headrace.ops.merge_attention",
-    "mla_attention": "headrace.ops.mla_attention",
-    "paged_attention": "headrace.ops.paged_attention",
+    "merge_attention": "headrace.ops.attention_merge",
+    "mla_attention": "headrace.ops.attention_latent",
+    "paged_attention": "headrace.ops.attention_paged",
     "reset_choices": "headrace.ops.select",
 }
 

@@ -105,27 +105,27 @@ def _asked(op: str, arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any
 
 
 def _of_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
-    from headrace.ops import attention
+    from headrace.ops import attention_dense
 
-    call = _call(attention, _bound(attention.attention, arrays, dtype, options))
+    call = _call(attention_dense, _bound(attention_dense.attention, arrays, dtype, options))
     out_dtype = options.get("out_dtype")
     if "mask" not in call.arrays or not isinstance(options.get("mask"), np.ndarray):
         return [Asked(call.request(out_dtype), call)]
     query = call.arrays["query"]
-    place = attention.AttentionResult(query, query[..., 0])  # only sliced, never written
-    return [Asked(part.request(out_dtype), part) for part, _ in attention.parts(call, place)]
+    place = attention_dense.AttentionResult(query, query[..., 0])  # only sliced, never written
+    return [Asked(part.request(out_dtype), part) for part, _ in attention_dense.parts(call, place)]
 
 
 def _of_paged_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
-    from headrace.ops import paged_attention
+    from headrace.ops import attention_paged
 
-    return _with_cascade(paged_attention, _bound(paged_attention.paged_attention, arrays, dtype, options))
+    return _with_cascade(attention_paged, _bound(attention_paged.paged_attention, arrays, dtype, options))
 
 
 def _of_mla_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
-    from headrace.ops import mla_attention
+    from headrace.ops import attention_latent
 
-    return _with_cascade(mla_attention, _bound(mla_attention.mla_attention, arrays, dtype, options))
+    return _with_cascade(attention_latent, _bound(attention_latent.mla_attention, arrays, dtype, options))
 
 
 def _with_cascade(module: Any, given: Mapping[str, Any]) -> list[Asked]:
@@ -206,23 +206,23 @@ def _of_norm(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> l
 
 
 def _of_append(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
-    from headrace.ops import append_pages
+    from headrace.ops import page_append
 
-    given = _bound(append_pages.append_pages, arrays, dtype, options)
+    given = _bound(page_append.append_pages, arrays, dtype, options)
     found = {name: array for name, array in given.items() if hasattr(array, "shape")}
     dtypes = {name: str(array.dtype) for name, array in found.items()}
-    return [Asked(append_pages.request(_shapes(found), dtypes))]
+    return [Asked(page_append.request(_shapes(found), dtypes))]
 
 
 def _of_merge(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
-    from headrace.ops import merge_attention
+    from headrace.ops import attention_merge
 
-    given = _bound(merge_attention.merge_attention, arrays, dtype, options)
+    given = _bound(attention_merge.merge_attention, arrays, dtype, options)
     outs = [
         _zeros(part, _dtype_of("parts", dtype)) if _is_shape("parts", part) else _out(part) for part in given["parts"]
     ]
     shapes, dtypes = list(_shapes(dict(enumerate(outs))).values()), [str(out.dtype) for out in outs]
-    return [Asked(merge_attention.request(shapes, dtypes, given["out_dtype"] or dtypes[0]))]
+    return [Asked(attention_merge.request(shapes, dtypes, given["out_dtype"] or dtypes[0]))]
 
 
 def _out(part: Any) -> Any:
@@ -240,12 +240,12 @@ class _Op:
 
 
 _OPS = {
-    "append_pages": _Op("headrace.ops.append_pages", _of_append),
-    "attention": _Op("headrace.ops.attention", _of_attention),
+    "append_pages": _Op("headrace.ops.page_append", _of_append),
+    "attention": _Op("headrace.ops.attention_dense", _of_attention),
     "linear": _Op("headrace.ops.linear", _of_linear),
-    "merge_attention": _Op("headrace.ops.merge_attention", _of_merge),
-    "mla_attention": _Op("headrace.ops.mla_attention", _of_mla_attention),
-    "paged_attention": _Op("headrace.ops.paged_attention", _of_paged_attention),
+    "merge_attention": _Op("headrace.ops.attention_merge", _of_merge),
+    "mla_attention": _Op("headrace.ops.attention_latent", _of_mla_attention),
+    "paged_attention": _Op("headrace.ops.attention_paged", _of_paged_attention),
     "rms_norm": _Op("headrace.ops.norm", _of_norm),
 }
 

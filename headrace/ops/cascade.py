@@ -30,9 +30,9 @@ import numpy as np
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import Buffer, Fixed, dtype_name, empty_like, is_torch
 from headrace.machine import Machine, this_machine
+from headrace.ops.attention_merge import merge_attention
 from headrace.ops.attention_options import AttentionResult
 from headrace.ops.attention_request import WIDTHS, Call, kernels, launch
-from headrace.ops.merge_attention import merge_attention
 from headrace.ops.select import Request, Traffic
 
 # Two more calls, and the tables that are made for them: what a group must save at least.

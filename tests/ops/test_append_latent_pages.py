@@ -8,10 +8,10 @@ from headrace.check.appended import STORES, assert_codes_may_be, assert_same, ma
 from headrace.check.compare import assert_within_budget, rounded
 from headrace.config import RopeConfig
 from headrace.errors import ArgumentError
-from headrace.ops import append_pages as op
+from headrace.ops import page_append as op
 from headrace.ops import rope
-from headrace.ops.append_pages import append_latent_pages, head_reference
 from headrace.ops.kv_formats import FORMATS
+from headrace.ops.page_append import append_latent_pages, head_reference
 
 
 def before(arrays):

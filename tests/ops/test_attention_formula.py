@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from headrace.check.attention_batch import attention_batch, reference
 from headrace.check.attention_cases import ATTENTION, dense, heads
 from headrace.errors import ArgumentError
-from headrace.ops import attention, paged_attention
+from headrace.ops import attention_dense, attention_paged
 from headrace.ops.attention_formula import decoded, position_bias, visible
 from headrace.ops.attention_options import AttentionOptions, checked_options
 from headrace.ops.attention_request import keys_read, seen_pairs
@@ -77,7 +77,7 @@ def test_the_formula_is_its_definition(options, num_queries, num_keys, group, wi
     slopes = random.random(2 * group) if with_slopes else None
     starts = {"query_starts": np.array([0, num_queries]), "key_starts": np.array([0, num_keys])}
     kept = {name: getattr(options, name) for name in ("causal", "align", "window", "softcap", "scale")}
-    got = attention.reference(query, key, value, **starts, mask=mask, sinks=sinks, alibi_slopes=slopes, **kept)
+    got = attention_dense.reference(query, key, value, **starts, mask=mask, sinks=sinks, alibi_slopes=slopes, **kept)
     bias = position_bias(num_queries, num_keys, options, mask=mask, alibi_slopes=slopes)
     bias = np.broadcast_to(bias, (2 * group, num_queries, num_keys))
     for i in range(num_queries):
@@ -125,13 +125,13 @@ def test_layouts_agree():
     batch = attention_batch(case)
     rows = {name: batch[name].reshape(-1, *batch[name].shape[2:]) for name in ("query", "key", "value")}
     starts = {"query_starts": np.arange(0, 61, 20), "key_starts": np.arange(0, 151, 50)}
-    ragged = attention.reference(**batch | rows | starts)
+    ragged = attention_dense.reference(**batch | rows | starts)
     pages = {"key_pages": batch["key"].reshape(15, 10, 2, 64), "value_pages": batch["value"].reshape(15, 10, 2, 64)}
     table = {"page_table": np.arange(15).reshape(3, 5), "sequence_lens": np.full(3, 50)}
     rest = {name: value for name, value in batch.items() if name not in ("key", "value")}
     table |= {"query": rows["query"], "query_starts": starts["query_starts"]}
-    paged = paged_attention.reference(**rest | pages | table)
-    whole = attention.reference(**batch)
+    paged = attention_paged.reference(**rest | pages | table)
+    whole = attention_dense.reference(**batch)
     for other in (ragged, paged):
         assert np.array_equal(other.out, whole.out.reshape(other.out.shape))
         assert np.array_equal(other.lse, whole.lse.reshape(other.lse.shape))

@@ -7,7 +7,7 @@ import torch
 from headrace.check.attention_batch import attention_batch
 from headrace.check.attention_cases import ATTENTION
 from headrace.errors import ArgumentError, KernelError
-from headrace.ops import attention as op
+from headrace.ops import attention_dense as op
 from headrace.ops import select
 
 CASES = {case.name: case for case in ATTENTION}

@@ -16,9 +16,9 @@ from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import Buffer, as_tensor
 from headrace.machine import Machine
 from headrace.ops import cascade, choices, reset_choices
+from headrace.ops.attention_latent import mla_attention
+from headrace.ops.attention_paged import paged_attention
 from headrace.ops.cascade import Group, Sharing, groups_of
-from headrace.ops.mla_attention import mla_attention
-from headrace.ops.paged_attention import paged_attention
 
 DECODE = paged("decode", (1,) * 5, (130, 140, 20, 100, 99), **heads(6, 2, 40, 24), page_size=16)
 TOGETHER = ((0, 1, 3), 5)  # requests, pages they share

@@ -15,9 +15,9 @@ from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import Buffer, Fixed, as_tensor
 from headrace.ops import sparse
 from headrace.ops.attention_formula import visible
+from headrace.ops.attention_latent import mla_attention
 from headrace.ops.attention_options import checked_options
-from headrace.ops.mla_attention import mla_attention
-from headrace.ops.paged_attention import gather, paged_attention
+from headrace.ops.attention_paged import gather, paged_attention
 
 DECODE = paged("decode", (1, 1, 3), (90, 20, 33), **heads(6, 2, 40), page_size=16)
 

@@ -18,7 +18,7 @@ from headrace.check.attention_expected import (
     poisoned_like,
     why_not,
 )
-from headrace.ops import attention as op
+from headrace.ops import attention_dense as op
 from headrace.ops import attention_request
 
 KERNELS = [kernel.name for kernel in op.kernels() if kernel.name != "cpu_float64"]

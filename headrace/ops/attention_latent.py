@@ -9,7 +9,7 @@
 
 This is the absorbed form: the projections from the latent to keys and values stand in the query and behind the output,
 so that a cached row is read once for all heads, and once for scores and values. `absorb_query`, `expand_value` and the
-form that expands the latent instead are in mla_projection.py, which has the formulas.
+form that expands the latent instead are in latent_projection.py, which has the formulas.
 
 DeepSeek-AI 2024, "DeepSeek-V2"; 2025, "FlashMLA".
 """
@@ -24,7 +24,7 @@ import numpy as np
 
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import Buffer, Fixed, dtype_name, is_torch, shape_of
-from headrace.ops import paged_attention as paged
+from headrace.ops import attention_paged as paged
 from headrace.ops.attention_checks import check_rank, check_shape, logical_dim
 from headrace.ops.attention_options import AttentionResult, Window
 from headrace.ops.attention_request import Call, kernels, outputs

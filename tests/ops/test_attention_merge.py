@@ -12,7 +12,7 @@ from headrace.errors import ArgumentError, KernelError
 from headrace.kernels import cpu
 from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import Buffer, as_tensor
-from headrace.ops import merge_attention as op
+from headrace.ops import attention_merge as op
 from headrace.ops.attention_options import AttentionResult
 
 KERNELS = [kernel.name for kernel in op.kernels()]

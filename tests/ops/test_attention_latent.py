@@ -11,8 +11,8 @@ from headrace.check.compare import assert_within_budget, poisoned, rounded
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import Fixed, as_tensor
 from headrace.machine import this_machine
-from headrace.ops import choices, mla_projection, reset_choices
-from headrace.ops import mla_attention as op
+from headrace.ops import attention_latent as op
+from headrace.ops import choices, latent_projection, reset_choices
 
 KERNELS = [kernel.name for kernel in op.kernels()]
 TYPES = [("float32", "float32"), ("float32", "float16"), ("bfloat16", "bfloat16"), ("float64", "float64")]
@@ -141,7 +141,7 @@ def absorbed(given, page_size=8):
     nope = given["key_up"].shape[1]
     keys, latent = given["latent"].shape
     pages = np.concatenate([given["latent"], given["key_rope"]], axis=1).reshape(keys // page_size, page_size, -1)
-    query = mla_projection.absorb_query(given["query"][..., :nope], given["key_up"])
+    query = latent_projection.absorb_query(given["query"][..., :nope], given["key_up"])
     mixed = op.mla_attention(
         query,
         pages,
@@ -153,13 +153,13 @@ def absorbed(given, page_size=8):
         scale=dim**-0.5,
     )
     assert mixed.out.shape == (tokens, num_heads, latent)
-    return mla_projection.expand_value(mixed.out, given["value_up"])
+    return latent_projection.expand_value(mixed.out, given["value_up"])
 
 
 def unabsorbed(given):
     tokens, keys = len(given["query"]), len(given["latent"])
     starts = {"query_starts": np.array([0, tokens], np.int32), "key_starts": np.array([0, keys], np.int32)}
-    return mla_projection.mla_prefill(**given, **starts).out
+    return latent_projection.mla_prefill(**given, **starts).out
 
 
 @pytest.mark.parametrize("form", [absorbed, unabsorbed])
@@ -179,10 +179,10 @@ def test_torch_layers_give_torch_outputs():
     torch = pytest.importorskip("torch")
     given = {name: torch.from_numpy(array) for name, array in layer("float32").items()}
     starts = {"query_starts": np.array([0, 6], np.int32), "key_starts": np.array([0, 40], np.int32)}
-    out = mla_projection.mla_prefill(**given, **starts).out
+    out = latent_projection.mla_prefill(**given, **starts).out
     exact = unabsorbed_exact(layer("float32"))
     assert_within_budget(out, exact, unabsorbed_exact(layer("float32"), np.float32), "float32")
-    query = mla_projection.absorb_query(given["query"][..., :24].bfloat16(), given["key_up"])
+    query = latent_projection.absorb_query(given["query"][..., :24].bfloat16(), given["key_up"])
     assert query.dtype == torch.bfloat16 and query.shape == (6, 3, 32)
 
 
@@ -214,9 +214,9 @@ def test_bad_arguments_are_named(changes, text):
 @pytest.mark.parametrize(
     "function,arrays,text",
     [
-        (mla_projection.absorb_query, [(2, 3, 4), (3, 5, 6)], r"key_up: expected \[3, 4, latent\]"),
-        (mla_projection.absorb_query, [(2, 3), (3, 5, 6)], r"query_nope: expected \[tokens, heads, nope\]"),
-        (mla_projection.expand_value, [(2, 3, 4), (3, 5, 6)], r"value_up: expected \[3, value_dim, 4\]"),
+        (latent_projection.absorb_query, [(2, 3, 4), (3, 5, 6)], r"key_up: expected \[3, 4, latent\]"),
+        (latent_projection.absorb_query, [(2, 3), (3, 5, 6)], r"query_nope: expected \[tokens, heads, nope\]"),
+        (latent_projection.expand_value, [(2, 3, 4), (3, 5, 6)], r"value_up: expected \[3, value_dim, 4\]"),
     ],
 )
 def test_projections_that_do_not_fit_are_named(function, arrays, text):

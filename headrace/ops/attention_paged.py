@@ -27,7 +27,7 @@ import numpy as np
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import dtype_name, shape_of
 from headrace.ops import attention_checks as checks
-from headrace.ops.attention import rows_of, slopes_of
+from headrace.ops.attention_dense import rows_of, slopes_of
 from headrace.ops.attention_formula import Mix, attend, decoded
 from headrace.ops.attention_options import AttentionResult, Window, checked_options
 from headrace.ops.attention_request import Call, Extent, kernels, outputs, split_arguments

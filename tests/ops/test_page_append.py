@@ -25,10 +25,10 @@ from headrace.config import RopeConfig
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import Buffer, program_input
-from headrace.ops import append_pages as op
 from headrace.ops import norm, rope
-from headrace.ops.append_pages import append_pages, head_reference
+from headrace.ops import page_append as op
 from headrace.ops.kv_formats import FORMATS, dequantize, quantize
+from headrace.ops.page_append import append_pages, head_reference
 
 KERNELS = list(op.kernels())
 STYLES = list(itertools.product([True, False], [True, False]))

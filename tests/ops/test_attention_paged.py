@@ -13,8 +13,8 @@ from headrace.check.compare import poisoned
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import Buffer, as_tensor
+from headrace.ops import attention_paged as op
 from headrace.ops import attention_request
-from headrace.ops import paged_attention as op
 
 RAGGED = paged("ragged", (1, 1, 0, 150, 90, 4), (1, 130, 0, 700, 90, 300), **heads(12, 3, 72))
 CASES = {case.name: case for case in ATTENTION}
