@@ -65,39 +65,33 @@ template <class E> static inline Floats load_scaled_words(const typename E::type
   return round_words(mul(load_first<E>(p, n), factor), n > kLanes ? mul(load_first<E>(E::at(p, kLanes), n - kLanes), factor) : zero());
 }
 
-// Keys of the block that starts at `start`, of which those of `places` exist, from `begin` on; zeros around them.
+// Keys of the block that starts at `start`, of which those of `places` exist, from `begin` on; zeros around them. Beside each
+// load stands a prefetch of its counterpart in the block after: they lie far apart, which no processor foresees.
 template <class E>
 static void pack_block(const AttentionCall& c, const AttentionWork& w, int64_t start, int64_t begin, const Places& places,
-                       const TileBf16& t) {
+                       const Places& next, const TileBf16& t) {
   const auto *keys = keys_of<E>(c, w.head_begin), *values = values_of<E>(c, w.head_begin);
   bool key_scales = E::scaled && c.key_scales, value_scales = E::scaled && c.value_scales;
   float *key_factors = t.factors, *value_factors = t.factors + kKeyBlock;
   if (key_scales) load_scales(c.key_scales, places.key_scale, places.count, w.head_begin * c.key_scale_strides.head, key_factors);
   if (value_scales) load_scales(c.value_scales, places.value_scale, places.count, w.head_begin * c.value_scale_strides.head, value_factors);
   int64_t skipped = begin - start;
+  constexpr int64_t bytes = kDepthStep * static_cast<int64_t>(sizeof(typename E::type)) / E::per_item;
   auto there = [&](int64_t i) { return i >= skipped && i - skipped < places.count; };
   pack_keys(c.head_dim, t.keys, [&](int64_t i, int64_t j) {
+    for (int64_t b = 0; i < next.count && b < bytes; b += 64)
+      HEADRACE_PREFETCH(reinterpret_cast<const char*>(E::at(keys, next.key[i] + j)) + b);
     if (!there(i)) return zero();
     const float* scale = key_scales ? key_factors + i - skipped : nullptr;
     return load_scaled_words<E>(E::at(keys, places.key[i - skipped] + j), c.head_dim - j, scale);
   });
   pack_values(c.value_dim, t.values, [&](int64_t i, int64_t j) {
+    for (int64_t b = 0; i < next.count && b < bytes; b += 64)
+      HEADRACE_PREFETCH(reinterpret_cast<const char*>(E::at(values, next.value[i] + j)) + b);
     if (!there(i)) return zero();
     const float* scale = value_scales ? value_factors + i - skipped : nullptr;
     return load_scaled_words<E>(E::at(values, places.value[i - skipped] + j), c.value_dim - j, scale);
   });
-}
-
-// Part `part` of `parts` of the block that is packed next. Packing reads keys far apart, which no processor foresees.
-template <class E>
-static void prefetch_block(const AttentionCall& c, const AttentionWork& w, const Places& places, int64_t part, int64_t parts) {
-  const auto *keys = keys_of<E>(c, w.head_begin), *values = values_of<E>(c, w.head_begin);
-  asm volatile("");  // NOTE: without an effect, gcc drops calls of functions that only prefetch
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(typename E::type)) * E::per_item;
-  for (int64_t i = places.count * part / parts; i < places.count * (part + 1) / parts; ++i) {
-    for (int64_t j = 0; j < c.head_dim; j += line) HEADRACE_PREFETCH(E::at(keys, places.key[i] + j));
-    for (int64_t j = 0; j < c.value_dim; j += line) HEADRACE_PREFETCH(E::at(values, places.value[i] + j));
-  }
 }
 
 // Up to kSoftRows rows against one block of keys. What none of them sees, outside [from, to) of the block, is not computed.
@@ -143,16 +137,13 @@ static void soften_group(const AttentionCall& c, const AttentionWork& w, const S
 }
 
 // All rows against one block. With three stages, products of the group after and of the group before are planned, and
-// computed while this one is softened; with one, a plan is a product computed at once. `between` is called once per group.
-template <class Between>
-static void attend_groups(const AttentionCall& c, const AttentionWork& w, int64_t start, int64_t begin, int64_t end, TileBf16& t,
-                          Between between) {
+// computed while this one is softened; with one, a plan is a product computed at once.
+static void attend_groups(const AttentionCall& c, const AttentionWork& w, int64_t start, int64_t begin, int64_t end, TileBf16& t) {
   constexpr int late = kStages / 2;
   int64_t groups = (num_rows(c, w) + kSoftRows - 1) / kSoftRows;
   SoftGroup all[kStages];
   for (int64_t i = 0; i < groups + 2 * late; ++i) {
     if (i < groups) {
-      between(i, groups);
       all[i % kStages] = group_of(c, w, i, start, begin, end, t);
       plan_scores(c, all[i % kStages], t);
     }
@@ -172,14 +163,15 @@ template <class E> static void attend_rows_of_head_bf16(const AttentionCall& c, 
   memset(t.scores, 0, kStages * kSoftRows * kKeyBlock * 4);
   begin_chunk(c, readable, t.rows);
   if (w.key_begin >= w.key_end) return finish_chunk(c, w, w.head_begin, t.rows, 0, true);
-  Places places;
-  find_places(c, w, w.key_begin, lesser((w.key_begin / kKeyBlock + 1) * kKeyBlock, w.key_end), places);
+  Places places[2];
+  int now = 0;
+  find_places(c, w, w.key_begin, lesser((w.key_begin / kKeyBlock + 1) * kKeyBlock, w.key_end), places[now]);
   for (int64_t start = w.key_begin & ~int64_t{kKeyBlock - 1}; start < w.key_end; start += kKeyBlock) {
     int64_t begin = greater(start, w.key_begin), end = lesser(start + kKeyBlock, w.key_end);
-    pack_block<E>(c, w, start, begin, places, t);
-    find_places(c, w, end, lesser(end + kKeyBlock, w.key_end), places);
-    attend_groups(c, w, start, begin, end, t,
-                  [&](int64_t part, int64_t parts) { prefetch_block<E>(c, w, places, part, parts); });
+    find_places(c, w, end, lesser(end + kKeyBlock, w.key_end), places[1 - now]);
+    pack_block<E>(c, w, start, begin, places[now], places[1 - now], t);
+    now = 1 - now;
+    attend_groups(c, w, start, begin, end, t);
     if (!ends_chunk(w, end)) continue;
     finished_tops(t.rows.top, rows);
     finish_chunk(c, w, w.head_begin, t.rows, chunk++, end == w.key_end);
