@@ -211,9 +211,13 @@ def _why_not_double(request: Request) -> list[Reason]:
 
 
 def _planned(arithmetic: str, request: Request, machine: Machine) -> Plan:
-    invariant = bool(request.options["deterministic"])
-    notes = (f"mask recognised as {request.options['mask']}",) if "mask" in request.options else ()
-    return Plan(workers=machine.cores, batch_invariant=invariant, arithmetic=arithmetic, notes=notes)
+    return _plan_of(arithmetic, machine.cores, bool(request.options["deterministic"]), request.options.get("mask"))
+
+
+@functools.lru_cache(maxsize=64)
+def _plan_of(arithmetic: str, cores: int, invariant: bool, mask_text: str | None) -> Plan:
+    notes = (f"mask recognised as {mask_text}",) if mask_text else ()
+    return Plan(workers=cores, batch_invariant=invariant, arithmetic=arithmetic, notes=notes)
 
 
 @functools.cache

@@ -32,11 +32,10 @@ def cpu_kernel(
     level: str, run: Callable[..., Any], why_not: Conditions = _no_conditions, plan: Planner | None = None
 ) -> Kernel:
     """The kernel of one instruction set. `run(level, ...)` takes the level first, then the op's arguments."""
-    name = f"cpu_{level}"
+    name, lower = f"cpu_{level}", frozenset(cpu.ISAS[: cpu.ISAS.index(level)])
 
     def reasons(request: Request) -> list[Reason]:
-        missing = cpu.ISAS.index(level) > cpu.ISAS.index(cpu.isa())
-        return ([_missing(level)] if missing else []) + list(why_not(request))
+        return ([_missing(level)] if cpu.isa() in lower else []) + list(why_not(request))
 
     def cost(request: Request, machine: Machine) -> float:
         planned = plan(request, machine) if plan else None

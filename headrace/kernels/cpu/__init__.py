@@ -11,17 +11,18 @@ from headrace.machine import usable_cores
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
-_limits = ["amx"]  # a stack: the last one is in force
+_BEST = ISAS.index(native.best_isa())
+_limits = [ISAS.index("amx")]  # a stack: the last one is in force
 
 
 def best_isa() -> str:
     """The highest level this CPU can run, whatever the limit."""
-    return native.best_isa()
+    return ISAS[_BEST]
 
 
 def isa() -> str:
     """The level kernels are chosen at now: the CPU's best, or the limit set by `limit_isa`."""
-    return min(best_isa(), _limits[-1], key=ISAS.index)
+    return ISAS[min(_BEST, _limits[-1])]
 
 
 class limit_isa:
@@ -33,7 +34,7 @@ class limit_isa:
     def __init__(self, level: str) -> None:
         if level not in ISAS:
             raise ArgumentError(f"level: expected one of {', '.join(ISAS)}, got {level!r}")
-        _limits.append(level)
+        _limits.append(ISAS.index(level))
 
     def __enter__(self) -> limit_isa:
         return self
