@@ -16,6 +16,11 @@ HUGE = (2**31 - 1, -(2**31), 10**6, -1)
 KINDS = ("dense", "ragged", "paged")
 CACHED = (np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.int8, np.uint8)
 GUARD = 12345.0
+WAYS = [
+    *((level, "fp32") for level in cpu.ISAS[: min(3, cpu.ISAS.index(cpu.best_isa()) + 1)]),
+    *((level, "bf16") for level in cpu.ISAS[3 : cpu.ISAS.index(cpu.best_isa()) + 1]),
+    ("amx_emulated", "bf16"),
+]
 
 
 class Draw:
@@ -102,7 +107,6 @@ def call(draw):
         "scale": 0.3,
         "softcap": float(draw.random.choice([0.0, 0.0, 4.0])),
         "batch_invariant": draw.size(0, 1) == 1,
-        "arithmetic": "fp32",
     }
     return arrays, options, (*rows, kv_heads * group, value_dim)
 
@@ -137,7 +141,6 @@ def guarded(shape, margin=64):
 
 @pytest.mark.parametrize("block", range(8))
 def test_any_call_is_refused_by_name_or_done(block):
-    levels = [level for level in cpu.ISAS[:3] if cpu.ISAS.index(level) <= cpu.ISAS.index(cpu.isa())]
     pools = [native.Pool(1), native.Pool(3)]
     done = 0
     for seed in range(block * 150, block * 150 + 150):
@@ -147,7 +150,8 @@ def test_any_call_is_refused_by_name_or_done(block):
         edge, lse = guarded(shape[:-1])
         try:
             tensors = {name: as_tensor(array, name) for name, array in (arrays | {"out": out, "lse": lse}).items()}
-            native.attention(pools[seed % 2], levels[seed % len(levels)], **tensors, **options)
+            level, arithmetic = WAYS[seed % len(WAYS)]
+            native.attention(pools[seed % 2], level, **tensors, **options, arithmetic=arithmetic)
         except (ArgumentError, KernelError) as error:
             assert draw.odd, f"seed {seed}: {error}"
             assert "expected" in str(error), f"seed {seed}: {error}"
