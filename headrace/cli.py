@@ -196,6 +196,7 @@ def bench_model(
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     threads: Threads = None,
     repeat: Annotated[int, typer.Option(help="Measurements of each row.")] = 5,
+    explain: Annotated[bool, typer.Option("--explain", help="Where the time of a step goes, op by op.")] = False,
     as_json: Json = False,
 ) -> None:
     """Prefill and decode speed, as a share of what the machine could do."""
@@ -203,7 +204,12 @@ def bench_model(
 
     plan = ModelBench(prompt_len, new_tokens, _depths(depth), batch, repeat)
     with ProgressLine() as progress:
-        bench_model(model, plan, threads=threads, json_only=as_json, progress=progress)
+        if explain:
+            from headrace.bench.step import explain_model
+
+            explain_model(model, plan, threads=threads, json_only=as_json, progress=progress)
+        else:
+            bench_model(model, plan, threads=threads, json_only=as_json, progress=progress)
 
 
 def _depths(text: str) -> tuple[int, ...]:

@@ -24,6 +24,8 @@ from headrace.talk import ProgressLine
 if TYPE_CHECKING:
     from headrace.llm import LLM
 
+_CHECK_LEN = 8  # tokens of the prompt and of the answer that a model is checked with
+
 
 @dataclass(frozen=True)
 class ModelBench:
@@ -46,8 +48,8 @@ class ModelBench:
 
     @property
     def context_len(self) -> int:
-        """Room for the longest row."""
-        return max(self.depths) + max(self.prompt_len, self.new_tokens + 1) + 2
+        """Room for the longest row, and for what `check_model` runs."""
+        return max(self.depths) + max(self.prompt_len, self.new_tokens + 1, 2 * _CHECK_LEN) + 2
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,10 @@ def work_of(llm: LLM) -> ModelWork:
 
 def check_model(llm: LLM) -> None:
     """Raises HeadraceError unless logits are finite and a greedy answer comes out the same twice."""
-    prompt = random_ids(llm, 8, np.random.default_rng(0))
+    prompt = random_ids(llm, _CHECK_LEN, np.random.default_rng(0))
     if not np.isfinite(llm.logits(prompt)).all():
         raise HeadraceError("the model gives logits that are not finite: no speed is printed", "is the file damaged?")
-    first, second = (llm.generate(prompt, greedy(8)).token_ids for _ in range(2))
+    first, second = (llm.generate(prompt, greedy(_CHECK_LEN)).token_ids for _ in range(2))
     if first != second:
         raise HeadraceError(f"the same greedy answer came out differently: {first} and {second}")
 
