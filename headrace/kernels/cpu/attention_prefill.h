@@ -18,11 +18,14 @@ constexpr int kVectorsTogether = 1;
 #endif
 
 // c [rows, vectors x 16] = c * keep + a [rows, depth] b [depth, vectors x 16]; without keep, what was in c is dropped.
+// NOTE: unrolled by order, or else gcc keeps the sums in memory at both ends of the loop over the depth.
 template <int rows, int vectors>
 static inline void outer_products(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
                                   int64_t c_stride, int64_t depth, const float* keep) {
   Floats total[rows][vectors], x[vectors];
+#pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
     for (int i = 0; i < vectors; ++i) total[r][i] = zero();
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     for (int i = 0; i < vectors; ++i) x[i] = load(b + i * kLanes);
@@ -31,7 +34,9 @@ static inline void outer_products(const float* a, int64_t a_stride, const float*
       for (int i = 0; i < vectors; ++i) total[r][i] = fma(factor, x[i], total[r][i]);
     }
   }
+#pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
     for (int i = 0; i < vectors; ++i) {
       float* to = c + r * c_stride + i * kLanes;
       store(to, keep ? fma(load(to), broadcast(keep[r]), total[r][i]) : total[r][i]);
