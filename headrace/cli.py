@@ -219,6 +219,26 @@ def _depths(text: str) -> tuple[int, ...]:
         raise ArgumentError(f"--depth: expected whole numbers with commas, got {text!r}", "--depth 0,1024") from None
 
 
+@verb(bench, "roofline")
+def bench_roofline(
+    *,
+    model: Model = "smollm2",
+    out: Annotated[Path, typer.Option(help="The .svg, .png or .pdf file to draw.")] = Path("roofline.svg"),
+    prompt_len: Annotated[int, typer.Option(help="Tokens of the prefill step.")] = 512,
+    depth: Annotated[str, typer.Option(help="Tokens already in the cache: a list with commas.")] = "0",
+    threads: Threads = None,
+    repeat: Annotated[int, typer.Option(help="Prefill steps measured; decode steps are 8 times as many.")] = 5,
+) -> None:
+    """Draw every op of a prefill and a decode step under the machine's measured roofs."""
+    from headrace.bench.model import ModelBench
+    from headrace.bench.roofline_plot import bench_roofline
+
+    plan = ModelBench(prompt_len, 8 * repeat, _depths(depth), 1, repeat)
+    with ProgressLine() as progress:
+        bench_roofline(model, plan, out, threads=threads, progress=progress)
+    print(out)
+
+
 @verb(bench, "versus")
 def bench_versus(
     model: Model = "smollm2",

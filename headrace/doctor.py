@@ -13,6 +13,7 @@ from headrace.talk import ProgressLine
 # What is worth having, and how to get it: (module, what for, extra).
 _OPTIONAL = (
     ("huggingface_hub", "models by hf:owner/repo/file", "pip install 'headrace[hub]'"),
+    ("matplotlib", "bench roofline", "pip install 'headrace[plot]'"),
     ("llama_cpp", "bench versus llama.cpp", "pip install llama-cpp-python"),
     ("transformers", "bench versus transformers", "pip install transformers torch gguf"),
 )

@@ -13,7 +13,7 @@ Every other op goes by its name alone. An op that is not known here is a part of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -88,36 +88,34 @@ def step_parts(op_names: Sequence[str], model: StepModel, size: StepSize) -> lis
     expected = len(PRODUCTS) * model.config.num_layers + 1
     if products != expected:
         raise HeadraceError(f"the step has {products} products, its model {expected}: its parts cannot be told")
-    places = _product_places(model.config.num_layers)
-    return [_part(name, next(places) if _is_product(name) else None, model, size) for name in op_names]
+    parts, done = [], 0  # products before an op: they tell its layer
+    for name in op_names:
+        parts.append(_part(name, done, model, size))
+        done += _is_product(name)
+    return parts
 
 
 def _is_product(name: str) -> bool:
     return "linear" in name
 
 
-def _product_places(num_layers: int) -> Iterator[tuple[str, int]]:
-    for layer in range(num_layers):
-        for role in PRODUCTS:
-            yield role, layer
-    yield HEAD, num_layers
+def _part(name: str, done: int, model: StepModel, size: StepSize) -> Part:
+    layer, place = divmod(done, len(PRODUCTS))
+    # Past the last layer only the rows are left whose logits are wanted.
+    rows = size.outputs if layer == model.config.num_layers else size.tokens
+    if not _is_product(name):
+        return Part(ROLES.get(name, name), name, _other_traffic(name, rows, model, size))
+    role = HEAD if layer == model.config.num_layers else PRODUCTS[place]
+    return Part(role, name, _product_traffic(role, layer, model, rows))
 
 
-def _part(name: str, place: tuple[str, int] | None, model: StepModel, size: StepSize) -> Part:
-    if place is None:
-        return Part(ROLES.get(name, name), name, _other_traffic(name, model, size))
-    role, layer = place
-    return Part(role, name, _product_traffic(role, layer, model, size))
-
-
-def _product_traffic(role: str, layer: int, model: StepModel, size: StepSize) -> Traffic:
-    tokens = size.outputs if role == HEAD else size.tokens
+def _product_traffic(role: str, layer: int, model: StepModel, rows: int) -> Traffic:
     found = [model.matrices[name] for name in _matrix_names(role, layer, model)]
-    traffic = linear.request(tokens, found).traffic
+    traffic = linear.request(rows, found).traffic
     if role != "gate and up":
         return traffic
     # What gate and up give is multiplied and never stored: one output of the two.
-    return replace(traffic, num_bytes=traffic.num_bytes - 4 * tokens * found[0][1])
+    return replace(traffic, num_bytes=traffic.num_bytes - 4 * rows * found[0][1])
 
 
 def _matrix_names(role: str, layer: int, model: StepModel) -> list[str]:
@@ -132,19 +130,19 @@ def _matrix_names(role: str, layer: int, model: StepModel) -> list[str]:
     return [f"blk.{layer}.{name}.weight" for name in names[role]]
 
 
-def _other_traffic(name: str, model: StepModel, size: StepSize) -> Traffic:
-    config, tokens = model.config, size.tokens
+def _other_traffic(name: str, rows: int, model: StepModel, size: StepSize) -> Traffic:
+    config = model.config
     if name == "embedding":
         format_name, _, dim = model.matrices["token_embd.weight"]
-        return Traffic(tokens * (get_format(format_name).row_bytes(dim) + 4 * dim), 0)
+        return Traffic(rows * (get_format(format_name).row_bytes(dim) + 4 * dim), 0)
     if name == "rope_table":
-        return Traffic(4 * tokens * config.rope.rotary_dim, 0)
+        return Traffic(4 * rows * config.rope.rotary_dim, 0)
     if name == "rms_norm":
-        return norm.request((tokens, config.dim)).traffic
+        return norm.request((rows, config.dim)).traffic
     if name == "select_rows":
-        return Traffic(8 * size.outputs * config.dim, 0)
+        return Traffic(8 * rows * config.dim, 0)
     if name == "append_pages":
-        return _append_traffic(model, tokens)
+        return _append_traffic(model, rows)
     return _attention_traffic(model, size) if name == "paged_attention" else NOTHING
 
 
