@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
+from headrace.kernels.cpu import isa
 from headrace.kernels.cpu.arrays import dtype_name, empty_like, shape_of
-from headrace.machine import KernelSpeed, Machine
+from headrace.machine import KernelSpeed, Machine, this_machine
 from headrace.ops.attention_checks import FLOATS, check_shape, check_type
 from headrace.ops.attention_options import AttentionOptions, AttentionResult, checked_options
-from headrace.ops.select import Kernel, Plan, Reason, Request, Traffic, choose
+from headrace.ops.select import Kernel, Plan, Reason, Request, Traffic, choose, count_choice
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "bool": 1}
 OPTION_NAMES = {field.name for field in fields(AttentionOptions)}
@@ -42,6 +43,12 @@ class Extent:
     kv_heads: int
     head_dim: int
     value_dim: int
+
+    def alike(self) -> tuple[int, ...]:
+        """The same for extents that differ in their number of keys by less than an eighth, and in nothing else."""
+        digits = max(self.keys.bit_length() - 4, 0)
+        keys = (digits, self.keys >> digits)
+        return (self.requests, self.queries, *keys, self.heads, self.kv_heads, self.head_dim, self.value_dim)
 
 
 @dataclass(frozen=True)
@@ -76,10 +83,28 @@ def split_arguments(given: Mapping[str, Any], head_dim: int) -> tuple[dict[str, 
 def launch(
     call: Call, result: AttentionResult, *, kernel: str | None = None, require: Sequence[str] = ()
 ) -> AttentionResult:
-    """Fills the result by the kernel chosen, or the one asked for."""
-    chosen = choose(kernels(), call.request(dtype_name(result.out)), kernel, require)
+    """Fills the result by the kernel chosen, or the one asked for.
+
+    The choice is remembered for calls alike but for their keys, of which there may be up to an eighth more or less:
+    a step of decoding asks for one more key each time, and choosing takes as long as reading 500 of them.
+    """
+    names, types = zip(*((name, dtype_name(array)) for name, array in call.arrays.items()), strict=True)
+    alike = (call.op, names, types, dtype_name(result.out), call.extent.alike(), call.options, call.mask_text)
+    asked = (*alike, kernel, tuple(require), isa(), id(this_machine()))
+    chosen = _chosen.get(asked)
+    if chosen is None:
+        chosen = choose(kernels(), call.request(dtype_name(result.out)), kernel, require)
+        if len(_chosen) >= _MOST_REMEMBERED:
+            _chosen.clear()
+        _chosen[asked] = chosen
+    else:
+        count_choice(call.op, chosen.name)
     chosen.run({**call.arrays, "out": result.out, "lse": result.lse}, call.options.native())
     return result
+
+
+_chosen: dict[tuple[Any, ...], Kernel] = {}
+_MOST_REMEMBERED = 4096
 
 
 def outputs(call: Call, out: Any, out_dtype: str | None) -> AttentionResult:

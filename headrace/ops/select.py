@@ -153,7 +153,7 @@ def choose(kernels: Sequence[Kernel], request: Request, name: str | None = None,
     if not able:
         raise _no_kernel(kernels, request, name, require)
     chosen = able[0] if len(able) == 1 else min(able, key=lambda kernel: kernel.cost(request, machine))
-    _count(request.op, chosen.name)
+    count_choice(request.op, chosen.name)
     return chosen
 
 
@@ -189,7 +189,8 @@ _counts: dict[tuple[str, str], int] = {}
 _counts_lock = threading.Lock()
 
 
-def _count(op: str, kernel: str) -> None:
+def count_choice(op: str, kernel: str) -> None:
+    """One more call that this kernel serves."""
     with _counts_lock:
         _counts[op, kernel] = _counts.get((op, kernel), 0) + 1
 
