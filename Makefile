@@ -23,7 +23,7 @@ NATIVE := CMakeLists.txt $(wildcard headrace/kernels/cpu/*.cpp headrace/kernels/
 INSTALL := install --no-build-isolation --editable
 
 # What the sanitizers look at: everything that hands arrays or files to native code.
-SANITIZED := tests/kernels/test_runtime.py tests/ops tests/engine \
+SANITIZED := tests/kernels tests/ops tests/engine \
              tests/weights/test_gguf.py tests/weights/test_gguf_writer.py tests/weights/test_quantize.py
 
 .PHONY: help run test quick check map bench sanitize clean

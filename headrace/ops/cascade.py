@@ -190,7 +190,10 @@ def _free(call: Call, limits: np.ndarray) -> Sharing:
 
 
 def groups_of(table: np.ndarray, sharing: Sharing) -> list[Group]:
-    """Groups of requests with the same first pages, by what they save; each request in one at most."""
+    """Groups of requests with the same first pages, by what they save; each request in one at most.
+
+    Decided from the longest beginnings to the shortest, each time for the better: not always the best there is.
+    """
     order, common = sorted_by_beginning(table, sharing.limits)
     forest: list[tuple[int, list[Group], list[int]]] = []  # pages in common with what follows, its groups, the others
     for request, shared in zip(order.tolist(), [*common.tolist(), 0], strict=False):
