@@ -25,6 +25,7 @@ from headrace.machine import Machine, keep_calibration, limit_cores
 from headrace.talk import ProgressLine
 
 OURS = "headrace"
+PLAIN_READ = "a plain read of as many bytes"
 _SAMPLE_S = 0.02
 # Other runtimes let their threads spin on for up to 0.2 s after the work: whoever is next must not pay for it.
 _SETTLE_S = 0.25
@@ -100,7 +101,7 @@ def _speeds(plan: OpsBench, machine: Machine, show: Callable[[str], None], progr
         work, ceiling = build(case), ceiling_of(case, machine.cores)
         check(case, work)
         show(heading(case, ceiling, work))
-        spreads = measure_case(case, work, machine.cores, plan.repeat)
+        spreads = measure_case(case, work, machine.cores, plan.repeat, reading=2 * ceiling.memory_s > ceiling.compute_s)
         show(table(HEADS, [row(name, spread, spreads[OURS], ceiling) for name, spread in spreads.items()]) + "\n")
         found.append(case_data(case, ceiling, work, spreads))
     return {"cases": found}
@@ -134,16 +135,27 @@ def heading(case: SpeedCase, ceiling: Ceiling, work: Work) -> str:
     return f"{case.name}: {case}\n  {sides[0]}, {sides[1]}: {least}{expected}"
 
 
-def measure_case(case: SpeedCase, work: Work, threads: int, repeat: int) -> dict[str, Spread]:
-    """Seconds per call, ours and torch's, in turns."""
+def measure_case(case: SpeedCase, work: Work, threads: int, repeat: int, *, reading: bool) -> dict[str, Spread]:
+    """Seconds per call, ours and torch's, in turns; `reading`: also of reading as many bytes and no more, for what
+    memory gives changes by the minute on a machine that others use, too."""
     calls = {OURS: work.run, **torch_calls(case, work, threads)}
     samplers = {name: _sampler(call) for name, call in calls.items()}
+    if reading:
+        samplers[PLAIN_READ] = _read_sampler(case.num_bytes, threads)
     settle = (lambda: time.sleep(_SETTLE_S)) if len(calls) > 1 else (lambda: None)
     return {name: Spread.of(seconds) for name, seconds in alternate(samplers, repeat, settle).items()}
 
 
 def _sampler(call: Callable[[], Any]) -> Callable[[], float]:
     return lambda: call_seconds(call, _SAMPLE_S)
+
+
+def _read_sampler(num_bytes: int, threads: int) -> Callable[[], float]:
+    from headrace.kernels.cpu.roof import plain_read
+
+    read = plain_read(num_bytes, threads)
+    passes = max(1, round(_SAMPLE_S / read()))
+    return lambda: sum(read() for _ in range(passes)) / passes
 
 
 HEADS = ["  by", "ms (min-max, n)", "GB/s", "GFLOP/s", "of roof", "headrace is"]

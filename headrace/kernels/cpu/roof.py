@@ -55,6 +55,13 @@ def measure_read(num_bytes: int, threads: int | None = None) -> float:
     return keep_roofs({threads: {num_bytes: rate}}).reads[threads][num_bytes]
 
 
+def plain_read(num_bytes: int, threads: int | None = None) -> Callable[[], float]:
+    """What reads a buffer of that size once, with all threads, and returns the seconds it took."""
+    pool = native.Pool(threads or this_machine().cores)
+    memory, isa = _touched(pool, max(num_bytes, 4096)), native.best_isa()
+    return lambda: native.read_seconds(pool, isa, memory, max(num_bytes, 4096), 1)
+
+
 def thread_counts(cores: int) -> list[int]:
     """1, 2, 4, ... and all."""
     return sorted({1 << i for i in range(cores.bit_length()) if 1 << i < cores} | {cores})
