@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from headrace.machine import Machine, this_machine
-from headrace.ops.select import Kernel, Reason, Request, checked_requirements, reasons_against
+from headrace.ops.select import Kernel, Reason, Request, cheapest, checked_requirements, reasons_against
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def explain_request(
     machine, require = machine or this_machine(), checked_requirements(require)
     reasons = [(kernel, reasons_against(kernel, request, require, machine)) for kernel in kernels]
     able = [_candidate(kernel, request, machine) for kernel, against in reasons if not against]
-    able.sort(key=lambda candidate: candidate.predicted_s)
+    if able:
+        first = able.pop(cheapest([candidate.predicted_s for candidate in able]))
+        able = [first, *sorted(able, key=lambda candidate: candidate.predicted_s)]
     rejected = tuple(Rejection(kernel.name, reason) for kernel, against in reasons for reason in against)
     memory_s, compute_s = _least_seconds(request, machine)
     chosen = able[0] if able else None

@@ -39,6 +39,10 @@ class KVFormat:
         """Bytes of a row of elements."""
         return -(-num_elements * self.bits // 8)
 
+    def num_items(self, num_elements: int) -> int:
+        """Items of an array that hold a row of elements: of int4, two are one item."""
+        return self.num_bytes(num_elements) // numpy_dtype(self.dtype).itemsize
+
 
 _FORMATS = (
     KVFormat("float32", "float32", 32),
