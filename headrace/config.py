@@ -8,6 +8,8 @@ from typing import Any
 
 from headrace.errors import ArgumentError
 
+KV_DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "int4")  # what pages may hold
+
 
 @dataclass(frozen=True)
 class RopeConfig:
@@ -49,7 +51,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """How a model is run. None: decided from the machine and the model."""
+    """How a model is run. None: decided from the machine and the model.
+
+    kv_dtype: one of KV_DTYPES. int8 and int4 are codes with a scale per token and head (`ops/kv_formats.py`).
+    """
 
     threads: int | None = None
     context_len: int | None = None
@@ -59,8 +64,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "threads", "context_len", "page_size", "chunk_len")
-        if self.kv_dtype not in ("float32", "float16", "bfloat16"):
-            raise ArgumentError(f"kv_dtype: expected float32, float16 or bfloat16, got {self.kv_dtype!r}")
+        if self.kv_dtype not in KV_DTYPES:
+            expected = f"{', '.join(KV_DTYPES[:-1])} or {KV_DTYPES[-1]}"
+            raise ArgumentError(f"kv_dtype: expected {expected}, got {self.kv_dtype!r}", "names in full, as NumPy's")
 
 
 @dataclass(frozen=True)

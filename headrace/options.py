@@ -13,6 +13,8 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from headrace.config import EngineConfig
+
 HELP = {
     "max_tokens": "Tokens to answer with, at most.",
     "temperature": "0 always takes the likeliest token; higher is more varied.",
@@ -27,7 +29,7 @@ HELP = {
     "stop": "End before this text; may be given several times.",
     "threads": "Threads to compute with; all usable cores when not given.",
     "context_len": "Tokens to keep room for; the model's own when not given.",
-    "kv_dtype": "What the cache of keys and values holds: float16, bfloat16 or float32; explain: int8, int4, fp8 too.",
+    "kv_dtype": "What the cache of keys and values holds: float32, float16, bfloat16, float8_e4m3fn, int8 or int4.",
     "chunk_len": "Tokens of a prompt computed in one step.",
     "tokens": "linear, rms_norm: rows of activations.",
     "dim": "linear, rms_norm: elements of a row.",
@@ -56,6 +58,7 @@ class LoadOptions:
 
     threads: int | None = None
     context_len: int | None = None
+    kv_dtype: str = EngineConfig.kv_dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,18 @@ def test_it_knows_the_capital_of_france(llm: LLM) -> None:
     assert llm.generate(answer.prompt_token_ids, SHORT).token_ids == answer.token_ids
 
 
+@pytest.mark.parametrize("kv_dtype", ["float8_e4m3fn", "int8"])
+def test_it_knows_it_with_a_cache_of_eight_bits(default_model_path: Path, kv_dtype: str) -> None:
+    llm = LLM(default_model_path, kv_dtype=kv_dtype)
+    answer = llm.generate(CAPITAL, SHORT)
+    assert answer.text.startswith(" Paris")
+    again = llm.generate(CAPITAL + answer.text, SHORT)  # behind what is cached
+    depth = len(again.prompt_token_ids) + 6
+    read_bytes = again.bytes_per_token + llm.kv_bytes_per_token * depth
+    assert again.gb_per_s == pytest.approx(read_bytes * again.timings.decode_tokens_per_s / 1e9)
+    assert llm.kv_bytes_per_token == 30 * 3 * 2 * (64 + 4 * (kv_dtype == "int8"))
+
+
 def test_it_answers_in_a_conversation(llm: LLM) -> None:
     question = "What is the capital of Italy? Answer in one word."
     answer = llm.chat([{"role": "user", "content": question}], SamplingParams(max_tokens=40))

@@ -24,6 +24,7 @@ from headrace.errors import HeadraceError
 from headrace.ops import linear, norm, page_append
 from headrace.ops.call_request import requests_of
 from headrace.ops.formats import get_format
+from headrace.ops.kv_formats import FORMATS, KVFormat
 from headrace.ops.select import Traffic
 
 if TYPE_CHECKING:
@@ -59,8 +60,19 @@ class StepModel:
 
     config: ModelConfig
     matrices: Mapping[str, Matrix]
-    kv_dtype: str
+    kv_format: KVFormat
     page_size: int
+
+    def cached(self, num_pages: int) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+        """Shapes and types of a layer's pages and their scales, by the ops' names."""
+        config, kept = self.config, self.kv_format
+        rows = (num_pages, self.page_size, config.num_kv_heads)
+        shapes: dict[str, tuple[int, ...]] = {
+            "key_pages": (*rows, kept.num_items(config.head_dim)),
+            "value_pages": (*rows, kept.num_items(config.value_head_dim or config.head_dim)),
+        }
+        dtypes = dict.fromkeys(shapes, kept.dtype)
+        return shapes | dict.fromkeys(("key_scales", "value_scales") if kept.needs_scales else (), rows), dtypes
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ def step_model(llm: LLM) -> StepModel:
     with open_gguf(llm.path) as file:
         matrices = {name: (i.format, *i.shape) for name, i in file.tensors.items() if len(i.shape) == 2}
     storage = llm.engine.runner.storage
-    return StepModel(llm.config, matrices, storage.dtype, storage.page_size)  # type: ignore[arg-type]
+    return StepModel(llm.config, matrices, FORMATS[storage.dtype], storage.page_size)  # type: ignore[arg-type]
 
 
 def step_parts(op_names: Sequence[str], model: StepModel, size: StepSize) -> list[Part]:
@@ -152,24 +164,23 @@ def _append_traffic(model: StepModel, tokens: int) -> Traffic:
     value = (tokens, config.num_kv_heads, config.value_head_dim or config.head_dim)
     shapes = {"key": key, "value": value, "query": (tokens, config.num_heads, config.head_dim)}
     dtypes = {"key": "float32", "value": "float32", "query": "float32", "out": "float32"}
-    dtypes |= {"key_pages": model.kv_dtype, "value_pages": model.kv_dtype}
-    return page_append.request(shapes, dtypes).traffic
+    cached_shapes, cached_dtypes = model.cached(1)
+    return page_append.request(shapes | cached_shapes, dtypes | cached_dtypes).traffic
 
 
 def _attention_traffic(model: StepModel, size: StepSize) -> Traffic:
     config, keys = model.config, size.depth + size.tokens
     pages = -(-keys // model.page_size)
-    page = (pages, model.page_size, config.num_kv_heads)
+    shapes, dtypes = model.cached(pages)
     [asked] = requests_of(
         "paged_attention",
         (size.tokens, config.num_heads, config.head_dim),
-        (*page, config.head_dim),
-        (*page, config.value_head_dim or config.head_dim),
-        np.zeros((1, pages), np.int32),
-        np.array([keys], np.int32),
+        page_table=np.zeros((1, pages), np.int32),
+        sequence_lens=np.array([keys], np.int32),
+        **shapes,
         query_starts=np.array([0, size.tokens], np.int32),
         window=(config.sliding_window - 1, None) if config.sliding_window else (None, None),
         out_dtype="float32",
-        dtype={"key_pages": model.kv_dtype, "value_pages": model.kv_dtype},
+        dtype=dtypes,
     )
     return asked.traffic

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from headrace.check.blocks import random_matrix
-from headrace.ops import norm
+from headrace.ops import kv_formats, norm
 from headrace.ops.formats import dequantize
 from headrace.weights.gguf_writer import write_gguf
 
@@ -158,10 +158,13 @@ def write_tiny_model(path: Path, model: TinyModel | None = None) -> Path:
 
 
 class NaiveDecoder:
-    """The decoder from the op references, in float64, whole sequence at a time."""
+    """The decoder from the op references, in float64, whole sequence at a time.
 
-    def __init__(self, model: TinyModel) -> None:
-        self.model = model
+    kv_dtype: keys and values are what a cache of that type gives back of them in float32; None: they are as computed.
+    """
+
+    def __init__(self, model: TinyModel, kv_dtype: str | None = None) -> None:
+        self.model, self.kv_dtype = model, kv_dtype
         self.weights = {
             name: dequantize(raw.reshape(shape[0], -1) if len(shape) == 2 else raw, fmt).astype(np.float64)
             for name, (fmt, shape, raw) in tensors_of(model).items()
@@ -196,8 +199,8 @@ class NaiveDecoder:
         model, tokens = self.model, len(x)
         h = norm.reference(x, self.weights[f"{prefix}.attn_norm.weight"], 1e-5)
         query = self._rotated(self._heads(h, prefix, "q", model.num_heads))
-        key = self._rotated(self._heads(h, prefix, "k", model.num_kv_heads))
-        value = self._heads(h, prefix, "v", model.num_kv_heads)
+        key = self._cached(self._rotated(self._heads(h, prefix, "k", model.num_kv_heads)))
+        value = self._cached(self._heads(h, prefix, "v", model.num_kv_heads))
         seen = np.tril(np.ones((tokens, tokens), bool))
         if model.sliding_window:
             seen &= ~np.tril(np.ones((tokens, tokens), bool), -model.sliding_window)
@@ -209,6 +212,12 @@ class NaiveDecoder:
             weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ value[:, shared]
         return out.reshape(tokens, -1) @ self.weights[f"{prefix}.attn_output.weight"].T
+
+    def _cached(self, x: np.ndarray) -> np.ndarray:
+        if self.kv_dtype is None:
+            return x
+        codes, scales = kv_formats.quantize(x.astype(np.float32), self.kv_dtype, scaled=False)
+        return kv_formats.dequantize(codes, scales, self.kv_dtype)
 
     def _rotated(self, x: np.ndarray) -> np.ndarray:
         half = self.model.head_dim // 2

@@ -1,74 +1,111 @@
-"""The memory of a KV cache: per layer, the pages of keys and the pages of values.
+"""The memory of a KV cache: per layer, the pages of keys and the pages of values, and the scales of what is quantized.
 
-    keys[layer]    [pages, page_size, kv_heads, head_dim]
-    values[layer]  [pages, page_size, kv_heads, value_head_dim]
+    keys, values              [pages, page_size, kv_heads, head_dim]; int4: uint8 with half as many
+    key_scales, value_scales  [pages, page_size, kv_heads] float32 for int8 and int4, else None
 
-A page has the same number in every layer, and its keys and values of all layers lie side by side: the arrays of a layer
-are strided views of one block. The block is as large as the whole cache but takes memory only where a page has been
-written, from the front: a large context costs nothing until it is used. Which pages are used is `pages.py`'s business.
+A page has the same number in every layer, and all of its layers lie side by side: the arrays of a layer are strided
+views of one block, each part of a page beginning at a cache line. The block is as large as the whole cache but takes
+memory only where a page has been written, from the front: a large context costs nothing until it is used. Which pages
+are used is `pages.py`'s business, what a number becomes is `ops/kv_formats.py`'s.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from headrace.config import ModelConfig
+from headrace.config import KV_DTYPES, ModelConfig
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import Fixed, as_tensor, zeros
+from headrace.kernels.cpu.arrays import Fixed, as_tensor, numpy_dtype, zeros
+from headrace.ops.kv_formats import FORMATS, KVFormat
 
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_LINE_BYTES = 64
+_SCALE_BYTES = 4
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LayerPages:
+    """The arrays of one layer. Scales are None where pages hold the numbers themselves."""
+
+    keys: Fixed
+    values: Fixed
+    key_scales: Fixed | None = None
+    value_scales: Fixed | None = None
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The arrays of one model's cache, on the CPU."""
+    """The arrays of one model's cache, on the CPU. dtype: as `EngineConfig.kv_dtype` names it."""
 
-    keys: tuple[Fixed, ...]
-    values: tuple[Fixed, ...]
+    layers: tuple[LayerPages, ...]
     page_size: int
+    dtype: str
 
     @property
     def num_pages(self) -> int:
-        return self.keys[0].shape[0]
-
-    @property
-    def dtype(self) -> str:
-        return self.keys[0].dtype
+        return self.layers[0].keys.shape[0]
 
 
 def allocate(config: ModelConfig, *, num_pages: int, page_size: int, dtype: str = "float16") -> Storage:
     """Zeroed pages for every layer of the model. CapacityError when the machine has no room for them."""
-    _check_dtype(dtype)
+    kv_format = _format(config, dtype)
     for name, count in (("num_pages", num_pages), ("page_size", page_size)):
         if count < 1:
             raise ArgumentError(f"{name}: expected at least 1, got {count}")
-    key_shape = (page_size, config.num_kv_heads, config.head_dim)
-    value_shape = (page_size, config.num_kv_heads, _value_head_dim(config))
-    num_keys, num_values = math.prod(key_shape), math.prod(value_shape)
-    block = zeros((num_pages, config.num_layers, num_keys + num_values), dtype).numpy()
-    keys = tuple(_view(block[:, i, :num_keys], key_shape) for i in range(config.num_layers))
-    values = tuple(_view(block[:, i, num_keys:], value_shape) for i in range(config.num_layers))
-    return Storage(keys, values, page_size)
+    parts = _parts(config, kv_format, page_size)
+    ends = list(itertools.accumulate((_in_lines(shape, name) for shape, name in parts), initial=0))
+    block = zeros((num_pages, config.num_layers, ends[-1]), "uint8").numpy()
+
+    def layer(i: int) -> LayerPages:
+        return LayerPages(*(_view(block[:, i, first:], *part) for first, part in zip(ends, parts, strict=False)))
+
+    return Storage(tuple(layer(i) for i in range(config.num_layers)), page_size, dtype)
 
 
 def bytes_per_token(config: ModelConfig, dtype: str = "float16") -> int:
-    """Bytes of keys and values one token takes in all layers together."""
-    _check_dtype(dtype)
-    per_head = (config.head_dim + _value_head_dim(config)) * ITEM_BYTES[dtype]
+    """Bytes of keys and values, scales included, that one token takes in all layers together."""
+    kv_format = _format(config, dtype)
+    per_head = sum(kv_format.num_bytes(dim) for dim in (config.head_dim, _value_head_dim(config)))
+    per_head += 2 * _SCALE_BYTES * kv_format.needs_scales
     return config.num_layers * config.num_kv_heads * per_head
 
 
-def _view(pages: np.ndarray, shape: tuple[int, ...]) -> Fixed:
-    return Fixed(as_tensor(pages.reshape(len(pages), *shape), "pages"))
+def _parts(config: ModelConfig, kv_format: KVFormat, page_size: int) -> list[tuple[Shape, str]]:
+    """Shape and type of what a page holds in a layer, in the order of LayerPages."""
+    rows = (page_size, config.num_kv_heads)
+    dims = (config.head_dim, _value_head_dim(config))
+    parts: list[tuple[Shape, str]] = [((*rows, kv_format.num_items(dim)), kv_format.dtype) for dim in dims]
+    return [*parts, (rows, "float32"), (rows, "float32")] if kv_format.needs_scales else parts
+
+
+def _num_bytes(shape: Shape, dtype: str) -> int:
+    return math.prod(shape) * numpy_dtype(dtype).itemsize
+
+
+def _in_lines(shape: Shape, dtype: str) -> int:
+    """Bytes of a part, up to the next cache line."""
+    return -(-_num_bytes(shape, dtype) // _LINE_BYTES) * _LINE_BYTES
+
+
+def _view(pages: np.ndarray, shape: Shape, dtype: str) -> Fixed:
+    """The part that begins where `pages` [pages, bytes] does."""
+    part = pages[:, : _num_bytes(shape, dtype)].view(numpy_dtype(dtype))
+    return Fixed(as_tensor(part.reshape(len(pages), *shape), "pages"))
 
 
 def _value_head_dim(config: ModelConfig) -> int:
     return config.value_head_dim or config.head_dim
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in ITEM_BYTES:
-        raise ArgumentError(f"dtype: expected {', '.join(ITEM_BYTES)}, got {dtype!r}")
+def _format(config: ModelConfig, dtype: str) -> KVFormat:
+    if dtype not in KV_DTYPES:
+        raise ArgumentError(f"dtype: expected {', '.join(KV_DTYPES)}, got {dtype!r}")
+    odd = [dim for dim in (config.head_dim, _value_head_dim(config)) if dim % 2]
+    if dtype == "int4" and odd:
+        raise ArgumentError(f"kv_dtype: int4 needs an even head_dim, this model's is {odd[0]}", "int8")
+    return FORMATS[dtype]

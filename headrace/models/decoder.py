@@ -6,10 +6,10 @@ x = embedding(ids);  for each layer: x = attention(x), x = feed_forward(x);  log
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from headrace.config import ModelConfig
 from headrace.kernels.cpu.arrays import Buffer
+from headrace.kv_cache.storage import LayerPages
 from headrace.models.layers import ModelWeights, StepInputs, attention, feed_forward
 from headrace.ops.embedding import embedding, select_rows
 from headrace.ops.linear import linear
@@ -17,11 +17,8 @@ from headrace.ops.norm import rms_norm
 from headrace.ops.rope import inverse_frequencies, magnitude, rope_table
 
 
-def logits(step: StepInputs, weights: ModelWeights, pages: Sequence[tuple[Any, Any]], config: ModelConfig) -> Buffer:
-    """Logits [outputs, vocab] of the step's output rows; the step's keys and values are appended to `pages`.
-
-    pages: per layer, key and value pages [pages, page_size, kv_heads, head_dim].
-    """
+def logits(step: StepInputs, weights: ModelWeights, pages: Sequence[LayerPages], config: ModelConfig) -> Buffer:
+    """Logits [outputs, vocab] of the step's output rows; its keys and values are appended to `pages`, one per layer."""
     x = embedding(step.token_ids, weights.embedding)
     frequencies = inverse_frequencies(config.rope, weights.rope_factors)
     rope = rope_table(step.positions, frequencies, magnitude=magnitude(config.rope))

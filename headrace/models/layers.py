@@ -6,12 +6,12 @@ Everything takes and gives buffers of a program being recorded; x is [tokens, di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from headrace.config import ModelConfig
 from headrace.kernels.cpu.arrays import Buffer
+from headrace.kv_cache.storage import LayerPages
 from headrace.ops.attention_paged import paged_attention
 from headrace.ops.linear import PackedWeight, linear, linear_gated, linear_many
 from headrace.ops.norm import rms_norm
@@ -77,7 +77,7 @@ class StepInputs:
 
 
 def attention(
-    x: Buffer, weights: AttentionWeights, pages: tuple[Any, Any], *, rope: Buffer, step: StepInputs, config: ModelConfig
+    x: Buffer, weights: AttentionWeights, pages: LayerPages, *, rope: Buffer, step: StepInputs, config: ModelConfig
 ) -> Buffer:
     """x + output(attention(norm(x))), with this step's keys and values appended to the pages."""
     h = rms_norm(x, weights.norm, eps=config.norm_eps)
@@ -85,8 +85,11 @@ def attention(
     query = append_pages(
         key.view(config.num_kv_heads, config.head_dim),
         value.view(config.num_kv_heads, config.value_head_dim),
-        *pages,
+        pages.keys,
+        pages.values,
         slots=step.slots,
+        key_scales=pages.key_scales,
+        value_scales=pages.value_scales,
         query=query.view(config.num_heads, config.head_dim),
         table=rope,
         interleaved=config.rope.interleaved,
@@ -97,13 +100,18 @@ def attention(
     window = (config.sliding_window - 1, None) if config.sliding_window else (None, None)
     mixed = paged_attention(
         query,
-        *pages,
+        pages.keys,
+        pages.values,
         step.page_table,
         step.sequence_lens,
         query_starts=step.query_starts,
         window=window,
+        key_scales=pages.key_scales,
+        value_scales=pages.value_scales,
         out_dtype="float32",
-        deterministic=True,  # an answer depends neither on its neighbours nor on how its prompt was cut
+        # An answer depends neither on its neighbours nor on how its prompt was cut, but with scales, where decode would
+        # have to widen and transpose all keys as a prefill does.
+        deterministic=pages.key_scales is None,
     ).out
     return linear(mixed.view(config.num_heads * config.value_head_dim), weights.output, residual=x)
 

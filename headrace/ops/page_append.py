@@ -121,6 +121,7 @@ def request(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) ->
     elements = {name: math.prod(shape) for name, shape in rows.items()}
     read = sum(count * _width(dtypes[name]) for name, count in elements.items())
     written = sum(count * _bits(dtypes, name) / 8 for name, count in elements.items())
+    written += sum(4 * math.prod(shape[:-1]) for name, shape in rows.items() if f"{name}_scales" in shapes)
     rotated = elements.get("key", 0) + elements.get("query", 0)
     scaled = sum(count for name, count in elements.items() if f"{name}_scales" in shapes)
     return Request("append_pages", shapes, dtypes, Traffic(round(read + written), 3 * rotated + 2 * scaled))
