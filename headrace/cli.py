@@ -10,14 +10,15 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from headrace.config import SamplingParams
+from headrace.config import EngineConfig, SamplingParams
 from headrace.errors import ArgumentError, HeadraceError
-from headrace.options import ExplainOptions, LoadOptions, with_options
+from headrace.options import HELP, ExplainOptions, LoadOptions, with_options
 from headrace.talk import ProgressLine, say, speed_line
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ EXIT_NO_READER = 141
 
 Model = Annotated[str, typer.Option("-m", "--model", help="A known name, a file, hf:... or pypi:...")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
-Threads = Annotated[int | None, typer.Option(help="Threads to compute with; all usable cores when not given.")]
+Threads = Annotated[int | None, typer.Option(help=HELP["threads"])]
+KVDtype = Annotated[str, typer.Option("--kv-dtype", help=HELP["kv_dtype"])]
 
 app = typer.Typer(
     help="Run open-weight language models at the speed the hardware allows.",
@@ -141,7 +143,7 @@ def load(model: str, loading: LoadOptions) -> LLM:
     from headrace.llm import LLM
 
     with ProgressLine() as progress:
-        return LLM(model, threads=loading.threads, context_len=loading.context_len, progress=progress)
+        return LLM(model, **asdict(loading), progress=progress)
 
 
 def print_stream(stream: Stream) -> Completion:
@@ -195,6 +197,7 @@ def bench_model(
     depth: Annotated[str, typer.Option(help="Tokens already in the cache: a list with commas.")] = "0,1024,4096",
     batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
     threads: Threads = None,
+    kv_dtype: KVDtype = EngineConfig.kv_dtype,
     repeat: Annotated[int, typer.Option(help="Measurements of each row.")] = 5,
     explain: Annotated[bool, typer.Option("--explain", help="Where the time of a step goes, op by op.")] = False,
     as_json: Json = False,
@@ -202,7 +205,7 @@ def bench_model(
     """Prefill and decode speed, as a share of what the machine could do."""
     from headrace.bench.model import ModelBench, bench_model
 
-    plan = ModelBench(prompt_len, new_tokens, _depths(depth), batch, repeat)
+    plan = ModelBench(prompt_len, new_tokens, _depths(depth), batch, repeat, kv_dtype=kv_dtype)
     with ProgressLine() as progress:
         if explain:
             from headrace.bench.step import explain_model
@@ -227,13 +230,14 @@ def bench_roofline(
     prompt_len: Annotated[int, typer.Option(help="Tokens of the prefill step.")] = 512,
     depth: Annotated[str, typer.Option(help="Tokens already in the cache: a list with commas.")] = "0",
     threads: Threads = None,
+    kv_dtype: KVDtype = EngineConfig.kv_dtype,
     repeat: Annotated[int, typer.Option(help="Prefill steps measured; decode steps are 8 times as many.")] = 5,
 ) -> None:
     """Draw every op of a prefill and a decode step under the machine's measured roofs."""
     from headrace.bench.model import ModelBench
     from headrace.bench.roofline_plot import bench_roofline
 
-    plan = ModelBench(prompt_len, 8 * repeat, _depths(depth), 1, repeat)
+    plan = ModelBench(prompt_len, 8 * repeat, _depths(depth), 1, repeat, kv_dtype=kv_dtype)
     with ProgressLine() as progress:
         bench_roofline(model, plan, out, threads=threads, progress=progress)
     print(out)
@@ -245,12 +249,14 @@ def bench_versus(
     peers: Annotated[
         str, typer.Option(help="Who to measure beside us: a list with commas.")
     ] = "llama.cpp,transformers",
+    kv_dtype: KVDtype = EngineConfig.kv_dtype,
 ) -> None:
     """The same file, prompt length and threads, alternating with other engines in one run."""
     from headrace.bench.versus import bench_versus
 
     with ProgressLine() as progress:
-        bench_versus(model, tuple(name.strip() for name in peers.split(",") if name.strip()), progress=progress)
+        names = tuple(name.strip() for name in peers.split(",") if name.strip())
+        bench_versus(model, names, kv_dtype=kv_dtype, progress=progress)
 
 
 @verb(bench, "ops")

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
-from headrace.config import SamplingParams
+from headrace.config import EngineConfig, SamplingParams
 from headrace.errors import PromptTooLongError, SourceError
 
 
@@ -78,6 +78,7 @@ class Stream:
 
 class LLM:
     bytes_per_token = 1 << 20
+    made: ClassVar[list[LLM]] = []  # every one there has been
 
     def __init__(
         self,
@@ -85,12 +86,15 @@ class LLM:
         *,
         threads: int | None = None,
         context_len: int | None = None,
+        kv_dtype: str = "float16",
         progress: Any = None,
     ) -> None:
+        EngineConfig(threads=threads, context_len=context_len, kv_dtype=kv_dtype)
         if model == "missing":
             raise SourceError("'missing' is no known model", "smollm2 is one")
         self.path, self.config, self.threads = Path("fake.gguf"), SimpleNamespace(name="fake"), threads or 1
-        self._cached = ""
+        self.kv_dtype, self._cached = kv_dtype, ""
+        self.made.append(self)
 
     def stream(self, prompt: str, params: SamplingParams) -> Stream:
         if "long" in prompt:

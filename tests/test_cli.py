@@ -250,6 +250,19 @@ def test_explain_attention_is_a_table_of_every_kernel(headrace: Headrace, op: st
     assert all(kernel.name in ended.out for kernel in kernels_of(op))
 
 
+@pytest.mark.parametrize("command", [["run", "hi"], ["chat"]])
+def test_the_type_of_the_cache_can_be_chosen(
+    headrace: Headrace, command: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[fake_llm.LLM] = []
+    monkeypatch.setattr(fake_llm.LLM, "made", made)
+    assert headrace(*command, "--kv-dtype", "int8", stdin=b"hi\n").code == 0
+    assert headrace(*command, stdin=b"hi\n").code == 0
+    assert [llm.kv_dtype for llm in made] == ["int8", "float16"]
+    wrong = headrace(*command, "--kv-dtype", "fp8")
+    assert_mistake(wrong, "kv_dtype: expected float32, float16, bfloat16, float8_e4m3fn, int8 or int4, got 'fp8'")
+
+
 @pytest.mark.parametrize(
     "dtype,kv_dtype", [("fp64", ""), ("bf16", "int4"), ("fp32", "int8"), ("fp16", "fp8"), ("fp32", "")]
 )

@@ -16,7 +16,7 @@ import numpy as np
 from headrace.bench.report import document, table
 from headrace.bench.roofline import Ceiling, ModelWork, decode_ceiling, measured_machine, model_work, prefill_ceiling
 from headrace.bench.timing import Spread
-from headrace.config import SamplingParams
+from headrace.config import EngineConfig, SamplingParams
 from headrace.errors import ArgumentError, HeadraceError, UnsupportedError
 from headrace.machine import Machine
 from headrace.talk import ProgressLine
@@ -36,6 +36,7 @@ class ModelBench:
     depths: tuple[int, ...] = (0, 1024, 4096)
     batch: int = 1
     repeat: int = 5
+    kv_dtype: str = EngineConfig.kv_dtype
 
     def __post_init__(self) -> None:
         for name in ("prompt_len", "new_tokens", "batch", "repeat"):
@@ -83,7 +84,7 @@ def bench_model(
     """Prints ceilings, then rows, then the JSON document (alone when `json_only`), which is also returned."""
     from headrace.llm import LLM
 
-    llm = LLM(model, threads=threads, context_len=plan.context_len, progress=progress)
+    llm = LLM(model, threads=threads, context_len=plan.context_len, kv_dtype=plan.kv_dtype, progress=progress)
     machine = measured_machine(llm.bytes_per_token, llm.threads)
     work = work_of(llm)
     check_model(llm)

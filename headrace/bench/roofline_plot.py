@@ -40,7 +40,7 @@ def bench_roofline(
     _matplotlib()
     from headrace.llm import LLM
 
-    llm = LLM(model, threads=threads, context_len=plan.context_len, progress=progress)
+    llm = LLM(model, threads=threads, context_len=plan.context_len, kv_dtype=plan.kv_dtype, progress=progress)
     machine = measured_machine(llm.bytes_per_token, llm.threads)
     check_model(llm)
     steps = []

@@ -183,7 +183,7 @@ def explain_model(
     """Prints each step of the plan explained, then the JSON document (alone when `json_only`), which is returned."""
     from headrace.llm import LLM
 
-    llm = LLM(model, threads=threads, context_len=plan.context_len, progress=progress)
+    llm = LLM(model, threads=threads, context_len=plan.context_len, kv_dtype=plan.kv_dtype, progress=progress)
     machine = measured_machine(llm.bytes_per_token, llm.threads)
     check_model(llm)
     roofs, steps = roofs_of(llm, machine), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -49,7 +50,14 @@ def test_ceilings_come_first_and_the_document_last(
     for row in data["rows"]:
         assert 0 < row["tokens_per_s_low"] <= row["tokens_per_s_median"] <= row["tokens_per_s_high"]
         assert row["roof_fraction"] == row["tokens_per_s_median"] / row["ceiling"]["tokens_per_s"]
-    bench_model(str(default_model_path), plan, threads=1, json_only=True, progress=ProgressLine())
-    assert json.loads(capsys.readouterr().out)["plan"]["prompt_len"] == 8
+    quantized = dataclasses.replace(plan, kv_dtype="int8")
+    bench_model(str(default_model_path), quantized, threads=1, json_only=True, progress=ProgressLine())
+    other = json.loads(capsys.readouterr().out)
+    assert (other["plan"]["prompt_len"], other["plan"]["kv_dtype"]) == (8, "int8")
+    assert other["kv_bytes_per_token"] * 128 == data["kv_bytes_per_token"] * 68  # heads of 64 numbers, one scale each
+    for row, narrow in zip(data["rows"], other["rows"], strict=True):
+        saved = data["kv_bytes_per_token"] - other["kv_bytes_per_token"]
+        keys = row["depth"] + (row["tokens"] if row["phase"] == "prefill" else row["tokens"] // 2 + 1)
+        assert row["ceiling"]["num_bytes"] - narrow["ceiling"]["num_bytes"] == saved * keys
     for known in (machine._kept_roofs, machine.this_machine):
         known.cache_clear()

@@ -18,6 +18,7 @@ from headrace.bench.roofline import model_work
 from headrace.bench.step import Group, OpTime, Roofs, explain_model, explained_steps, middle_means
 from headrace.bench.step_parts import PRODUCTS, Part, StepSize, step_model, step_parts
 from headrace.check.fakes import TinyModel, write_tiny_model
+from headrace.config import KV_DTYPES
 from headrace.errors import HeadraceError
 from headrace.kernels.cpu import roof
 from headrace.machine import Machine
@@ -35,8 +36,9 @@ MODELS = {
 SIZES = [StepSize(1, 0), StepSize(1, 40), StepSize(30, 0), StepSize(7, 33)]
 
 
-def loaded(folder: Path, name: str = "float") -> headrace.LLM:
-    return headrace.LLM(write_tiny_model(folder / "tiny.gguf", MODELS[name]), threads=1, chunk_len=32)
+def loaded(folder: Path, name: str = "float", kv_dtype: str = "float16") -> headrace.LLM:
+    path = write_tiny_model(folder / "tiny.gguf", MODELS[name])
+    return headrace.LLM(path, threads=1, chunk_len=32, kv_dtype=kv_dtype)
 
 
 def test_every_op_of_a_step_has_its_part(tmp_path: Path) -> None:
@@ -80,6 +82,19 @@ def test_parts_add_up_to_the_work_of_the_model(name: str, size: StepSize, tmp_pa
     window = min(size.depth, made.sliding_window - 1) if made.sliding_window else size.depth
     moved = made.num_layers * size.tokens * made.num_heads * 4 * (2 * made.head_dim + 1)
     assert sum(t.num_bytes for t in attention) == llm.kv_bytes_per_token * (window + size.tokens) + moved
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_parts_count_the_cache_as_it_is(kv_dtype: str, tmp_path: Path) -> None:
+    llm, made, size = loaded(tmp_path, kv_dtype=kv_dtype), MODELS["float"], StepSize(7, 33)
+    parts = step_parts(llm.engine.runner.program.op_names, step_model(llm), size)
+    read, written = (
+        sum(part.traffic.num_bytes for part in parts if part.role == role) for role in ("attention", "append")
+    )
+    query, key = made.num_heads * made.head_dim, made.num_kv_heads * made.head_dim
+    rows = made.num_layers * size.tokens
+    assert read == llm.kv_bytes_per_token * (size.depth + size.tokens) + 4 * rows * (2 * query + made.num_heads)
+    assert written == llm.kv_bytes_per_token * size.tokens + 4 * rows * (2 * query + 2 * key)
 
 
 def test_an_unknown_op_is_a_part_of_its_own_and_missing_products_are_said(tmp_path: Path) -> None:
@@ -171,7 +186,8 @@ def test_the_command_explains(
         known.cache_clear()
     path = write_tiny_model(tmp_path / "tiny.gguf")
     given = ["--explain", "--json", "-m", str(path), "--depth", "0", "--prompt-len", "4", "--new-tokens", "2"]
-    monkeypatch.setattr(sys, "argv", ["headrace", "bench", "model", *given, "--threads", "1", "--repeat", "1"])
+    given += ["--threads", "1", "--repeat", "1", "--kv-dtype", "int8"]
+    monkeypatch.setattr(sys, "argv", ["headrace", "bench", "model", *given])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
