@@ -56,13 +56,26 @@ class Headrace:
         return decode_speed(self._llm, self._held, len(ids))
 
 
+# The types of its cache: (name, ggml's number); fp8 it has none.
+_LLAMA_CPP_CACHES = {
+    "float32": ("F32", 0),
+    "float16": ("F16", 1),
+    "bfloat16": ("BF16", 30),
+    "int8": ("Q8_0", 8),
+    "int4": ("Q4_0", 2),
+}
+_QUANTIZED_CACHES = ("Q8_0", "Q4_0")
+
+
 class LlamaCpp:
     """llama.cpp through llama-cpp-python's low-level evaluation."""
 
-    def __init__(self, path: Path, threads: int, context_len: int, *, flash_attention: bool) -> None:
+    def __init__(
+        self, path: Path, threads: int, context_len: int, *, flash_attention: bool, cache: tuple[str, int] = ("F16", 1)
+    ) -> None:
         import llama_cpp
 
-        self.name = f"llama.cpp, flash attention {'on' if flash_attention else 'off'}"
+        self.name = f"llama.cpp, flash attention {'on' if flash_attention else 'off'}, {cache[0]} cache"
         with _silence():  # `verbose=False` does not reach every line the library prints
             self._llama = llama_cpp.Llama(
                 str(path),
@@ -72,6 +85,8 @@ class LlamaCpp:
                 n_threads=threads,
                 n_threads_batch=threads,
                 flash_attn=flash_attention,
+                type_k=cache[1],
+                type_v=cache[1],
                 verbose=False,
             )
         self._wait = llama_cpp.llama_synchronize
@@ -172,17 +187,22 @@ def _silence() -> Iterator[None]:
                 os.close(descriptor)
 
 
-# name -> the modules it needs, and how to open a model with it
-PEERS: dict[str, tuple[tuple[str, ...], Callable[[Path, int, int], list[Any]]]] = {
+def _llama_cpps(path: Path, threads: int, context_len: int, kv_dtype: str) -> list[Any]:
+    """With and without flash attention, which it needs for a quantized cache."""
+    cache = _LLAMA_CPP_CACHES.get(kv_dtype, _LLAMA_CPP_CACHES["float16"])
+    ways = (True,) if cache[0] in _QUANTIZED_CACHES else (False, True)
+    return [LlamaCpp(path, threads, context_len, flash_attention=flash, cache=cache) for flash in ways]
+
+
+# name -> the modules it needs, and how to open a model with it: path, threads, context_len, kv_dtype
+PEERS: dict[str, tuple[tuple[str, ...], Callable[[Path, int, int, str], list[Any]]]] = {
     "llama.cpp": (
         ("llama_cpp",),
-        lambda path, threads, context_len: [
-            LlamaCpp(path, threads, context_len, flash_attention=flash) for flash in (False, True)
-        ],
+        _llama_cpps,
     ),
     "transformers": (
         ("transformers", "torch", "gguf", "accelerate"),
-        lambda path, threads, context_len: [Transformers(path, threads)],
+        lambda path, threads, context_len, kv_dtype: [Transformers(path, threads)],
     ),
 }
 

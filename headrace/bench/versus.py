@@ -1,7 +1,7 @@
 """`headrace bench versus`: the same file, tokens and threads in one run, in turns with whatever peers are installed.
 
 Prompts are fresh random tokens each time. A missing peer is said and left out. Decode at depth is the row that tells:
-short contexts hide what attention costs.
+short contexts hide what attention costs. A peer's cache has the type nearest to ours, and its name says which.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from headrace.bench.model import check_model, random_ids
 from headrace.bench.peers import PEERS, Headrace, Peer, missing_modules
 from headrace.bench.report import document, table
 from headrace.bench.timing import Spread, alternate
+from headrace.config import EngineConfig
 from headrace.errors import ArgumentError
 from headrace.talk import ProgressLine, say
 
@@ -40,20 +41,22 @@ class Case:
 CASES = (Case("prefill", 0, 512), Case("decode", 16, 64), Case("decode", 4096, 16))
 
 
-def bench_versus(model: str, peer_names: tuple[str, ...], *, progress: ProgressLine) -> dict[str, Any]:
+def bench_versus(
+    model: str, peer_names: tuple[str, ...], *, kv_dtype: str = EngineConfig.kv_dtype, progress: ProgressLine
+) -> dict[str, Any]:
     """Prints a table with a ratio (headrace / peer) per row, then the JSON document, which is also returned."""
     from headrace.llm import LLM
 
     _check_names(peer_names)
     context_len = max(case.depth + case.tokens for case in CASES) + 8
-    llm = LLM(model, context_len=context_len, progress=progress)
+    llm = LLM(model, context_len=context_len, kv_dtype=kv_dtype, progress=progress)
     check_model(llm)
     engines: dict[str, Peer] = {"headrace": Headrace(llm)}
     for name in peer_names:
         if missing := missing_modules(name):
             say(f"{name}: left out, not installed: {', '.join(missing)}")
             continue
-        for peer in PEERS[name][1](llm.path, llm.threads, context_len):
+        for peer in PEERS[name][1](llm.path, llm.threads, context_len, kv_dtype):
             engines[peer.name] = peer
 
     chance = np.random.default_rng()
@@ -62,7 +65,8 @@ def bench_versus(model: str, peer_names: tuple[str, ...], *, progress: ProgressL
         progress(f"measuring {case}", number, len(CASES))
         results[case] = measure(engines, case, lambda length: random_ids(llm, length, chance))
     print(versus_table(results))
-    data = {"model": llm.path.name, "threads": llm.threads, "rows": [_data(case, results[case]) for case in CASES]}
+    rows = [_data(case, results[case]) for case in CASES]
+    data = {"model": llm.path.name, "threads": llm.threads, "kv_dtype": kv_dtype, "rows": rows}
     print(document(data))
     return data
 

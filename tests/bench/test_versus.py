@@ -10,6 +10,8 @@ import pytest
 
 from headrace.bench import peers, versus
 from headrace.bench.model import random_ids
+from headrace.check.fakes import write_tiny_model
+from headrace.config import KV_DTYPES
 from headrace.errors import ArgumentError
 from headrace.llm import LLM
 from headrace.talk import ProgressLine
@@ -71,6 +73,40 @@ def test_without_peers_headrace_is_measured_alone(
     rows = json.loads(out.splitlines()[-1])["rows"]
     assert [list(row["engines"]) for row in rows] == [["headrace"], ["headrace"]]
     assert all(row["engines"]["headrace"]["ratio"] == 1.0 for row in rows)
+
+
+def test_everyone_has_the_type_of_cache_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+
+    def opened(path: Path, threads: int, context_len: int, kv_dtype: str) -> list[Counting]:
+        asked.append(kv_dtype)
+        return [Counting("other", 1.0)]
+
+    monkeypatch.setattr(versus, "CASES", (versus.Case("decode", 3, 2),))
+    monkeypatch.setattr(versus, "PEERS", {"other": ((), opened)})
+    monkeypatch.setattr(versus, "missing_modules", lambda name: [])
+    path = write_tiny_model(tmp_path / "tiny.gguf")
+    data = versus.bench_versus(str(path), ("other",), kv_dtype="int8", progress=ProgressLine())
+    assert asked == [data["kv_dtype"]] == ["int8"]
+    assert "other" in capsys.readouterr().out
+
+
+def test_llama_cpp_has_a_cache_of_as_many_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened(path: Path, threads: int, context_len: int, *, flash_attention: bool, cache: tuple[str, int]) -> object:
+        return flash_attention, cache[0]
+
+    monkeypatch.setattr(peers, "LlamaCpp", opened)
+    names = {kv_dtype: peers._llama_cpps(Path("x"), 1, 8, kv_dtype) for kv_dtype in KV_DTYPES}
+    assert names == {
+        "float32": [(False, "F32"), (True, "F32")],
+        "float16": [(False, "F16"), (True, "F16")],
+        "bfloat16": [(False, "BF16"), (True, "BF16")],
+        "float8_e4m3fn": [(False, "F16"), (True, "F16")],  # it has no float8
+        "int8": [(True, "Q8_0")],
+        "int4": [(True, "Q4_0")],
+    }
 
 
 def test_headrace_computes_only_behind_what_it_holds(default_model_path: Path) -> None:
