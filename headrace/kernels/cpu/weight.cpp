@@ -236,6 +236,16 @@ void put_group(const FormatInfo& f, const Group& g, int r, uint8_t* out) {
   for (int s = 0; s < f.group / 32; ++s) put_step(f.bits, g.codes + 32 * s, r, out + at.codes + s * step_bytes(f.bits));
 }
 
+// The same for a 4-bit block of 32, which holds the words of a step as they are: byte i of its codes is columns i and
+// 16 + i. Most files are made of these, and a start waits for them.
+void put_nibble_block(const FormatInfo& f, const uint8_t* block, int r, uint8_t* out) {
+  const uint8_t* codes = block + f.block_bytes - 16;
+  memcpy(out + 2 * r, block, 2);
+  if (f.has_min) memcpy(out + 32 + 2 * r, block + 2, 2);
+  out += f.has_min ? 64 : 32;
+  for (int i = 0; i < 4; ++i) memcpy(out + 64 * i + 4 * r, codes + 4 * i, 4);
+}
+
 Group get_group(const FormatInfo& f, const uint8_t* in, int r) {
   GroupLayout at(f);
   Group g;
@@ -305,6 +315,7 @@ void pack_panel(PackedWeight& weight, int64_t p, const uint8_t* raw) {
   const FormatInfo& f = format_info(weight.format);
   uint8_t* out = weight.panel(p);
   int64_t stride = row_bytes(weight.format, weight.cols), group_bytes = f.bits ? GroupLayout(f).bytes : 0;
+  int64_t num_groups = weight.cols / f.group;
   for (int r = 0; r < 16 && p * 16 + r < weight.rows; ++r) {
     const uint8_t* row = raw + (p * 16 + r) * stride;
     if (!f.bits) {
@@ -312,8 +323,11 @@ void pack_panel(PackedWeight& weight, int64_t p, const uint8_t* raw) {
         memcpy(out + float_offset(weight.format, r, c), row + c * f.block_bytes, static_cast<size_t>(f.block_bytes));
       continue;
     }
-    for (int64_t g = 0; g < weight.cols / f.group; ++g)
-      put_group(f, read_group(weight.format, row + g * f.block_bytes), r, out + g * group_bytes);
+    for (int64_t g = 0; g < num_groups; ++g, row += f.block_bytes)
+      if (f.bits == 4 && f.group == 32)
+        put_nibble_block(f, row, r, out + g * group_bytes);
+      else
+        put_group(f, read_group(weight.format, row), r, out + g * group_bytes);
   }
 }
 
