@@ -99,7 +99,7 @@ DAMAGED: dict[str, tuple[dict[str, bytes], type[HeadraceError], str]] = {
     "element type": ({"elements3": U32.pack(77)}, ModelFileError, "elements of type 77"),
     "array count": ({"count3": U64.pack(2**61)}, ModelFileError, "length of array 'scores'"),
     "string count": ({"count2": U64.pack(2**40)}, ModelFileError, "length of array 'tokens'"),
-    "token length": ({"token0": HUGE}, ModelFileError, "string 0 of array 'tokens' passes the end"),
+    "token length": ({"token0": HUGE}, ModelFileError, "string 0 of array 'tokens' at byte"),
     "token not utf-8": ({"token0": text(b"\xe9")}, ModelFileError, "string 0 of array 'tokens' is not UTF-8"),
     "nested count": ({"inner_count": HUGE}, ModelFileError, "length of array 'nested'"),
     "deep nesting": ({"count4": (U64.pack(1) + U32.pack(9)) * 20}, ModelFileError, "nested more than"),

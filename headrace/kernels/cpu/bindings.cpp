@@ -18,6 +18,7 @@ void bind_products(nb::module_& m);
 void bind_roof(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_schedule(nb::module_& m);
+void bind_strings(nb::module_& m);
 }
 using namespace headrace;
 using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
@@ -205,4 +206,5 @@ NB_MODULE(_native, m) {
   bind_roof(m);
   bind_sampling(m);
   bind_schedule(m);
+  bind_strings(m);
 }
