@@ -29,7 +29,7 @@ TILE = 10  # the unit of costs is a tenth of a tile
 OVERHEAD = 5 * TILE
 MERGE = 4
 SNAP = TILE
-CHUNK_TILES = 8  # of batch-invariant mode: 512 keys
+CHUNK_TILES = 4  # of batch-invariant mode: 256 keys
 FLASHMLA_OVERHEAD = 5  # tiles; a constant of its rule, whatever a segment costs
 FLASHINFER_LEAST = 2  # tiles of a chunk
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr int64_t kFewRows = 16;  // query rows per KV head that the decode kernel takes
 constexpr int64_t kLeastTile = 48, kLargestTile = 192;  // query rows
-constexpr int64_t kLeastChunk = 512, kLargestChunk = 4096;  // keys, batch-invariant
+constexpr int64_t kLeastChunk = 256, kLargestChunk = 4096;  // keys, batch-invariant
 constexpr int64_t kTogetherBlocks = 4;  // blocks of keys per worker above which KV heads stay together
 constexpr int64_t kMostWorkspace = int64_t{64} << 20;
 
