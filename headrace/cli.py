@@ -7,6 +7,7 @@ went away is 141. Anything heavy is imported by the verb that needs it: the firs
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -53,6 +54,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal without the character is no reason to stop
+    gc.set_threshold(100_000)  # a start makes that many objects, and nearly all of them stay
     app(prog_name="headrace")
 
 

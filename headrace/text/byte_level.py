@@ -60,10 +60,10 @@ def _build_model(vocabulary: Vocabulary, merges: list[str], cut: WordCut) -> mod
     # From the last id to the first, so that of two equal spellings the first id stays.
     num_tokens = len(vocabulary.tokens)
     ids = dict(zip(reversed(vocabulary.tokens), range(num_tokens - 1, -1, -1), strict=True))
-    wrong = next((merge for merge in merges if merge.count(" ") != 1), None)
-    if wrong is not None:
-        raise ModelFileError(f"tokenizer.ggml.merges: expected two pieces with a space between, got {wrong!r}")
     pairs: Any = [tuple(merge.split(" ")) for merge in merges]
+    if set(map(len, pairs)) - {2}:
+        wrong = next(" ".join(pair) for pair in pairs if len(pair) != 2)
+        raise ModelFileError(f"tokenizer.ggml.merges: expected two pieces with a space between, got {wrong!r}")
     try:
         return models.BPE(vocab=ids, merges=pairs, ignore_merges=cut.whole_words_first)
     except Exception as error:  # the library raises plain Exception, for a merge whose pieces are not tokens
