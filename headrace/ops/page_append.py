@@ -8,13 +8,17 @@ Slot s is page s // page_size, place s % page_size. With a rope table, pair (a, 
 (a cos - b sin, b cos + a sin); pairs are (2i, 2i + 1) when interleaved, else (i, i + rotary_dim / 2), and elements
 from rotary_dim on stay. With norms, each head is rms-normalized before. What pages hold: `kv_formats.py`.
 
+With spread, queries and keys are then multiplied by the Hadamard matrix of head_dim over its root (of the largest power
+of two that divides it, block by block). It is orthogonal, so scores stay; but what was in a few large channels of every
+key, as rotary models have them, is now in all of them, and a scale per token and head wastes fewer codes.
+
 Scales of one per token and head are computed and written; scales of one per page and head, [pages, 1, kv_heads], are
 the caller's and read. (In pages of one token the two have the same shape: there they are computed.)
 
 `append_latent_pages` does the same for the latent cache of DeepSeek's attention: a token's latent and its rotated key
 lie side by side in one page.
 
-Su et al. 2021, "RoFormer"; DeepSeek-AI 2024, "DeepSeek-V2".
+Su et al. 2021, "RoFormer"; DeepSeek-AI 2024, "DeepSeek-V2"; Ashkboos et al. 2024, "QuaRot".
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ def append_pages(
     query_norm: Any = None,
     key_norm: Any = None,
     eps: float = 1e-6,
+    spread: bool = False,
     key_scales: Any = None,
     value_scales: Any = None,
     out: Any = None,
@@ -68,7 +73,8 @@ def append_pages(
         raise ArgumentError("value, value_pages: expected both or neither", "keys alone: None for both")
     arrays = {"key": key, "value": value, "key_pages": key_pages, "value_pages": value_pages, "slots": slots}
     arrays |= {"key_scales": key_scales, "value_scales": value_scales, "table": table, "key_norm": key_norm}
-    return _append(arrays | {"query": query, "query_norm": query_norm, "out": out}, interleaved, eps, kernel)
+    arrays |= {"query": query, "query_norm": query_norm, "out": out}
+    return _append(arrays, interleaved, eps, kernel, spread=spread)
 
 
 def append_latent_pages(
@@ -96,7 +102,9 @@ def append_latent_pages(
     return _append(arrays | {"key_scales": scales, "query": query_rope, "out": out}, interleaved, 0.0, kernel)
 
 
-def _append(given: Mapping[str, Any], interleaved: bool, eps: float, kernel: str | None) -> Any:
+def _append(
+    given: Mapping[str, Any], interleaved: bool, eps: float, kernel: str | None, *, spread: bool = False
+) -> Any:
     arrays = {name: array for name, array in given.items() if array is not None}
     if "query" in arrays:
         arrays.setdefault("out", arrays["query"])
@@ -111,7 +119,7 @@ def _append(given: Mapping[str, Any], interleaved: bool, eps: float, kernel: str
     if not (math.isfinite(eps) and eps >= 0):
         raise ArgumentError(f"eps: expected a finite number >= 0, got {eps}")
     asked = request(shapes, {name: dtype_name(array) for name, array in arrays.items()})
-    choose(kernels(), asked, kernel).run(arrays, bool(interleaved), float(eps))
+    choose(kernels(), asked, kernel).run(arrays, bool(interleaved), float(eps), bool(spread))
     return arrays.get("out")
 
 
@@ -152,10 +160,23 @@ def reference(
     return pages, scales
 
 
-def head_reference(x: np.ndarray, table: Any, interleaved: bool, weight: Any = None, eps: float = 1e-6) -> np.ndarray:
-    """Heads normalized when there is a weight, then rotated when there is a table, in float64."""
+def head_reference(
+    x: np.ndarray, table: Any, interleaved: bool, weight: Any = None, eps: float = 1e-6, *, spread: bool = False
+) -> np.ndarray:
+    """Heads normalized when there is a weight, rotated when there is a table, then spread, in float64."""
     x = x.astype(np.float64) if weight is None else norm.reference(x, weight, eps)
-    return x if table is None else rotate_reference(x, table, interleaved)
+    x = x if table is None else rotate_reference(x, table, interleaved)
+    return spread_reference(x) if spread else x
+
+
+def spread_reference(x: np.ndarray) -> np.ndarray:
+    """x [..., dim] times the Hadamard matrix over the root of its size, block by block; its own inverse."""
+    dim = x.shape[-1]
+    size = dim & -dim
+    hadamard = np.ones((1, 1), x.dtype)
+    while len(hadamard) < size:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    return (x.reshape(*x.shape[:-1], dim // size, size) @ (hadamard / x.dtype.type(size**0.5))).reshape(x.shape)
 
 
 @functools.cache

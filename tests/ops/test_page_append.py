@@ -28,7 +28,7 @@ from headrace.kernels.cpu.arrays import Buffer, program_input
 from headrace.ops import norm, rope
 from headrace.ops import page_append as op
 from headrace.ops.kv_formats import FORMATS, dequantize, quantize
-from headrace.ops.page_append import append_pages, head_reference
+from headrace.ops.page_append import append_pages, head_reference, spread_reference
 
 KERNELS = list(op.kernels())
 STYLES = list(itertools.product([True, False], [True, False]))
@@ -144,6 +144,41 @@ def test_rotated_rows_are_within_budget(kernel, case, store, interleaved, normed
     else:
         assert_within_budget(stored[0], exact, rounded(plain, store[0]), store[0])
     assert_untouched(arrays, copies)
+
+
+@pytest.mark.parametrize("store", [("float32", ""), ("float8_e4m3fn", ""), ("int8", "token")], ids="-".join)
+@every_case
+@every_kernel
+def test_queries_and_keys_are_spread_and_values_are_not(kernel, case, store):
+    skip_unless_able(kernel)
+    arrays = call_arrays(case, store)
+    copies = before(arrays)
+    append_pages(**arrays, spread=True, kernel=kernel.name)
+    style = (arrays["table"], True)
+    exact = head_reference(copies["query"], *style, spread=True)
+    plain = spread_reference(rotated_in_float32(copies["query"], *style, None, EPS))
+    assert plain.dtype == np.float32
+    assert_within_budget(arrays["query"], exact, plain, "float32")
+    exact = head_reference(arrays["key"], *style, spread=True)
+    plain = spread_reference(rotated_in_float32(arrays["key"], *style, None, EPS))
+    if FORMATS[store[0]].largest:
+        assert_codes_may_be(written_keys(arrays), store[0], exact, plain)
+    else:
+        assert_within_budget(written_keys(arrays)[0], exact, plain, "float32")
+    pages, _ = op.reference(arrays["value"], copies["value_pages"], arrays["slots"], copies["value_scales"])
+    assert_same(arrays["value_pages"], pages)
+    assert_untouched(arrays, copies)
+
+
+@pytest.mark.parametrize("dim", [1, 6, 12, 15, 64, 96, 128])
+def test_spreading_leaves_scores_and_takes_outliers_apart(dim):
+    query, key = np.random.default_rng(dim).standard_normal((2, 5, dim))
+    np.testing.assert_allclose(
+        (spread_reference(query) * spread_reference(key)).sum(-1), (query * key).sum(-1), rtol=0, atol=1e-14 * dim
+    )
+    np.testing.assert_allclose(spread_reference(spread_reference(key)), key, rtol=0, atol=1e-15 * dim)
+    outlier, block = np.eye(dim)[0], dim & -dim
+    assert np.array_equal(np.abs(spread_reference(outlier)[:block]), np.full(block, 1 / block**0.5))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -1,8 +1,9 @@
 // append: heads of one token, optionally normalized and rotated by the token's cosines and sines, into what keeps them.
 //   pair (a, b) -> (a cos - b sin, b cos + a sin);  pairs are (2i, 2i + 1) interleaved, else (i, i + rotary_dim / 2)
 //   scaled types: code = round(x / scale), scale = largest |x| / the type's largest code where the row has its own
+//   spread: what was rotated is also multiplied by a Hadamard matrix, which leaves scores and takes a key's outliers apart
 // Wins always: it is the only one. Schedule: tokens are chunks; 16 elements at a time; the head stays in L1 between the
-// passes: widen or normalize, rotate, largest, convert. A quotient, not a product with 1 / scale: it has one rounding, so
+// passes: widen or normalize, rotate, spread, largest, convert. A quotient, not a product with 1 / scale: it has one rounding, so
 // every instruction set and the reference come to the same code.
 #pragma once
 #include "append_work.h"
@@ -43,6 +44,29 @@ static void rotate_pairs(float* x, const float* cosines, const float* sines, int
     x[2 * i] = a * cosines[i] - b * sines[i];
     x[2 * i + 1] = b * cosines[i] + a * sines[i];
   }
+}
+
+// x = x H, H the Hadamard matrix over the root of its size, on blocks of the largest power of two that divides n. Its own
+// inverse. Sums before differences, distances 1, 2, 4...: the same bits in every instruction set.
+static void spread_head(float* x, int64_t n) {
+  int64_t block = n & -n;
+  for (int64_t step = 1; step < block; step *= 2)
+    for (int64_t i = 0; i < n; i += 2 * step)
+      if (step < kLanes) {
+        for (int64_t j = i; j < i + step; ++j) {
+          float a = x[j], b = x[j + step];
+          x[j] = a + b;
+          x[j + step] = a - b;
+        }
+      } else {
+        for (int64_t j = i; j < i + step; j += kLanes) {
+          Floats a = load(x + j), b = load(x + j + step);
+          store(x + j, add(a, b));
+          store(x + j + step, sub(a, b));
+        }
+      }
+  Floats unit = broadcast(1.0f / sqrtf(static_cast<float>(block)));
+  for (int64_t i = 0; i < n; i += kLanes) store_first<AsFloat>(x + i, mul(load_first<AsFloat>(x + i, n - i), unit), n - i);
 }
 
 static void convert_row(const float* x, void* y, DType type, int64_t n) {
@@ -107,7 +131,7 @@ static bool store_row(const AppendArgs& a, const float* row, int64_t head) {
 // False as store_scaled: then this head and those after it have not been written.
 static bool append_heads(const AppendArgs& a) {
   int64_t pairs = a.rotary_dim / 2;
-  bool as_it_is = !a.norm_weight && !a.table && !a.prefix && a.x_type == DType::f32;
+  bool as_it_is = !a.norm_weight && !a.table && !a.prefix && !a.spread && a.x_type == DType::f32;
   for (int64_t h = 0; h < a.heads; ++h) {
     const char* from = a.x + h * a.x_step;
     float* x = a.scratch + a.prefix_dim;
@@ -117,6 +141,7 @@ static bool append_heads(const AppendArgs& a) {
     else if (!as_it_is)
       widen(from, a.x_type, x, a.dim);
     if (a.table) (a.interleaved ? rotate_pairs : rotate_halves)(x, a.table, a.table + pairs, pairs);
+    if (a.spread) spread_head(x, a.dim);
     if (!store_row(a, as_it_is ? reinterpret_cast<const float*>(from) : a.scratch, h)) return false;
   }
   return true;

@@ -14,9 +14,9 @@ from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import as_tensor, runner_of
 
 
-def run(level: str, arrays: Mapping[str, Any], interleaved: bool, eps: float) -> None:
+def run(level: str, arrays: Mapping[str, Any], interleaved: bool, eps: float, spread: bool = False) -> None:
     """Writes to the pages, the scales and `out` among the arrays."""
     tensors = {name: as_tensor(array, name) for name, array in arrays.items()}
     if "out" in tensors:
         tensors["query_out"] = tensors.pop("out")
-    native.append_pages(runner_of(*arrays.values()), level, interleaved=interleaved, eps=eps, **tensors)
+    native.append_pages(runner_of(*arrays.values()), level, interleaved=interleaved, spread=spread, eps=eps, **tensors)

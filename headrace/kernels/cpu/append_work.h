@@ -22,7 +22,7 @@ struct AppendArgs {
   float eps;
   DType x_type, prefix_type, out_type;
   Scaling scaling;
-  bool interleaved;
+  bool interleaved, spread;
 };
 
 }  // namespace headrace

@@ -41,14 +41,14 @@ TensorRef tensor_or_none(const MaybeTensor& t) { return t.value_or(nullptr); }
 void append_pages(Runner& runner, const std::string& isa, TensorRef key, MaybeTensor latent, MaybeTensor value,
                   TensorRef key_pages, MaybeTensor value_pages, MaybeTensor key_scales, MaybeTensor value_scales,
                   TensorRef slots, MaybeTensor query, MaybeTensor query_out, MaybeTensor table, MaybeTensor query_norm,
-                  MaybeTensor key_norm, bool interleaved, float eps) {
+                  MaybeTensor key_norm, bool interleaved, bool spread, float eps) {
   AppendTensors t;
   t.key = key, t.latent = tensor_or_none(latent), t.value = tensor_or_none(value);
   t.key_pages = key_pages, t.value_pages = tensor_or_none(value_pages), t.slots = slots;
   t.key_scales = tensor_or_none(key_scales), t.value_scales = tensor_or_none(value_scales);
   t.query = tensor_or_none(query), t.query_out = tensor_or_none(query_out), t.table = tensor_or_none(table);
   t.query_norm = tensor_or_none(query_norm), t.key_norm = tensor_or_none(key_norm);
-  submit_append_pages(runner, isa_from_name(isa), std::move(t), interleaved, eps);
+  submit_append_pages(runner, isa_from_name(isa), std::move(t), interleaved, spread, eps);
 }
 
 }  // namespace
@@ -58,7 +58,7 @@ void bind_append(nb::module_& m) {
   m.def("append_pages", &append_pages, nb::arg(), nb::arg(), nb::kw_only(), nb::arg("key"), maybe("latent"), maybe("value"),
         nb::arg("key_pages"), maybe("value_pages"), maybe("key_scales"), maybe("value_scales"), nb::arg("slots"),
         maybe("query"), maybe("query_out"), maybe("table"), maybe("query_norm"), maybe("key_norm"), nb::arg("interleaved"),
-        nb::arg("eps"), nb::call_guard<nb::gil_scoped_release>());
+        nb::arg("spread"), nb::arg("eps"), nb::call_guard<nb::gil_scoped_release>());
   m.def("codes_to_floats", &codes_to_floats);
   m.def("floats_to_codes", &floats_to_codes);
 }

@@ -29,8 +29,8 @@ int64_t step_bytes(const Tensor& t, size_t dimension) { return t.strides[dimensi
 
 class AppendPages : public Op {
  public:
-  AppendPages(const Kernels& kernels, const AppendTensors& t, std::vector<Target> targets, bool interleaved, float eps)
-      : Op("append_pages"), kernels_(kernels), t_(t), targets_(std::move(targets)), interleaved_(interleaved), eps_(eps) {
+  AppendPages(const Kernels& kernels, const AppendTensors& t, std::vector<Target> targets, bool interleaved, bool spread, float eps)
+      : Op("append_pages"), kernels_(kernels), t_(t), targets_(std::move(targets)), interleaved_(interleaved), spread_(spread), eps_(eps) {
     for (const auto& tensor : {t_.query, t_.slots, t_.table, t_.query_norm})
       if (tensor) in(tensor);
     if (t_.query_out) out(t_.query_out);
@@ -67,6 +67,7 @@ class AppendPages : public Op {
   void rotate_query(int64_t token, Worker& worker) const {
     AppendArgs a = args(*t_.query, t_.query_norm, token);
     set_table(a, token);
+    a.spread = spread_;
     a.scratch = reinterpret_cast<float*>(worker.scratch(a.dim * 4));
     a.out = t_.query_out->row(token);
     a.out_type = t_.query_out->dtype;
@@ -79,6 +80,7 @@ class AppendPages : public Op {
     int64_t page = slot / pages.shape[1], offset = slot % pages.shape[1];
     AppendArgs a = args(*target.rows, target.norm, token);
     if (target.rotated) set_table(a, token);
+    a.spread = spread_ && &target == &targets_[0];  // keys
     if (target.prefix) {
       a.prefix = target.prefix->row(token);
       a.prefix_dim = target.prefix_dim();
@@ -132,7 +134,7 @@ class AppendPages : public Op {
   const Kernels& kernels_;
   AppendTensors t_;
   std::vector<Target> targets_;
-  bool interleaved_;
+  bool interleaved_, spread_;
   float eps_;
 };
 
@@ -227,7 +229,7 @@ std::vector<Target> targets_of(const AppendTensors& t) {
 
 }  // namespace
 
-void submit_append_pages(Runner& runner, Isa isa, AppendTensors t, bool interleaved, float eps) {
+void submit_append_pages(Runner& runner, Isa isa, AppendTensors t, bool interleaved, bool spread, float eps) {
   Expect expect{"append_pages"};
   for (TensorRef* rows : {&t.key, &t.latent}) *rows = with_heads(*rows, 3);
   t.key_pages = with_heads(t.key_pages, 4);
@@ -241,7 +243,7 @@ void submit_append_pages(Runner& runner, Isa isa, AppendTensors t, bool interlea
   for (const auto& target : targets) check_target(expect, target, t, tokens);
   check_norm(expect, t.key_norm, "key_norm", t.key->shape[2]);
   if (t.value) expect.shape(*t.value_pages, "value_pages", {t.key_pages->shape[0], t.key_pages->shape[1], -1, -1});
-  runner.submit(std::make_unique<AppendPages>(kernels_for(isa), t, std::move(targets), interleaved, eps));
+  runner.submit(std::make_unique<AppendPages>(kernels_for(isa), t, std::move(targets), interleaved, spread, eps));
 }
 
 }  // namespace headrace

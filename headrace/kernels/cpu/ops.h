@@ -45,14 +45,15 @@ void submit_sample(Runner& runner, Isa isa, const SampleTensors& tensors);
 void submit_rope_table(Runner& runner, TensorRef table, TensorRef positions, TensorRef inverse_frequencies, float magnitude);
 // Keys and values [tokens, kv_heads, ...] f32|f16|bf16 converted or quantized to pages [pages, page_size, kv_heads, ...]
 // f32|f16|bf16|f8|i8|u8 (two int4 in a byte), at slots [tokens] i32 (page * page_size + offset); with a table, keys and
-// queries are rotated; with norms [head_dim] f32, each head is rms-normalized before. scales f32 [pages, page_size,
+// queries are rotated; with norms [head_dim] f32, each head is rms-normalized before; spread: both are multiplied by a
+// Hadamard matrix after. scales f32 [pages, page_size,
 // kv_heads]: written; [pages, 1, kv_heads]: read. latent [tokens, kv_heads, latent_dim] comes before the key in its pages.
 // Only key, key_pages and slots must be there. A slot outside the pages throws, and so does a scale that is no scale.
 struct AppendTensors {
   TensorRef key, latent, value, key_pages, value_pages, key_scales, value_scales, slots;
   TensorRef query, query_out, table, query_norm, key_norm;
 };
-void submit_append_pages(Runner& runner, Isa isa, AppendTensors tensors, bool interleaved, float eps);
+void submit_append_pages(Runner& runner, Isa isa, AppendTensors tensors, bool interleaved, bool spread, float eps);
 
 // Layouts, by rank of the query: dense [batch, tokens, heads, head_dim] against keys [batch, keys, kv_heads, head_dim];
 // ragged [tokens, heads, head_dim] with query_starts [requests + 1] against keys [keys, kv_heads, head_dim], of which request r
