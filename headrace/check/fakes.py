@@ -16,6 +16,7 @@ import numpy as np
 from headrace.check.blocks import random_matrix
 from headrace.ops import kv_formats, norm
 from headrace.ops.formats import dequantize
+from headrace.ops.page_append import spread_reference
 from headrace.weights.gguf_writer import write_gguf
 
 Tensors = dict[str, tuple[str, tuple[int, ...], np.ndarray]]
@@ -199,7 +200,7 @@ class NaiveDecoder:
         model, tokens = self.model, len(x)
         h = norm.reference(x, self.weights[f"{prefix}.attn_norm.weight"], 1e-5)
         query = self._rotated(self._heads(h, prefix, "q", model.num_heads))
-        key = self._cached(self._rotated(self._heads(h, prefix, "k", model.num_kv_heads)))
+        key = self._cached(self._rotated(self._heads(h, prefix, "k", model.num_kv_heads)), spread=True)
         value = self._cached(self._heads(h, prefix, "v", model.num_kv_heads))
         seen = np.tril(np.ones((tokens, tokens), bool))
         if model.sliding_window:
@@ -213,11 +214,12 @@ class NaiveDecoder:
             out[:, head] = weights / weights.sum(axis=1, keepdims=True) @ value[:, shared]
         return out.reshape(tokens, -1) @ self.weights[f"{prefix}.attn_output.weight"].T
 
-    def _cached(self, x: np.ndarray) -> np.ndarray:
+    def _cached(self, x: np.ndarray, spread: bool = False) -> np.ndarray:
         if self.kv_dtype is None:
             return x
-        codes, scales = kv_formats.quantize(x.astype(np.float32), self.kv_dtype, scaled=False)
-        return kv_formats.dequantize(codes, scales, self.kv_dtype)
+        turned = spread_reference if spread and kv_formats.FORMATS[self.kv_dtype].bits <= 8 else np.asarray
+        codes, scales = kv_formats.quantize(turned(x).astype(np.float32), self.kv_dtype, scaled=False)
+        return turned(kv_formats.dequantize(codes, scales, self.kv_dtype))
 
     def _rotated(self, x: np.ndarray) -> np.ndarray:
         half = self.model.head_dim // 2

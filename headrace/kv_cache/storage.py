@@ -20,7 +20,7 @@ import numpy as np
 from headrace.config import KV_DTYPES, ModelConfig
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import Fixed, as_tensor, numpy_dtype, zeros
-from headrace.ops.kv_formats import FORMATS, KVFormat
+from headrace.ops.kv_formats import FORMAT_OF_DTYPE, FORMATS, KVFormat
 
 _LINE_BYTES = 64
 _SCALE_BYTES = 4
@@ -36,6 +36,11 @@ class LayerPages:
     values: Fixed
     key_scales: Fixed | None = None
     value_scales: Fixed | None = None
+
+    @property
+    def coded(self) -> bool:
+        """Whether numbers are stored as codes of eight bits or less."""
+        return FORMAT_OF_DTYPE[self.keys.dtype].bits <= 8
 
 
 @dataclass(frozen=True)

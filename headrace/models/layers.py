@@ -96,6 +96,7 @@ def attention(
         query_norm=weights.query_norm,
         key_norm=weights.key_norm,
         eps=config.norm_eps,
+        spread=pages.coded,  # keys have a few channels ten times as large as the others
     )
     window = (config.sliding_window - 1, None) if config.sliding_window else (None, None)
     mixed = paged_attention(
