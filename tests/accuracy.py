@@ -42,8 +42,11 @@ ARRANGEMENTS: dict[str, dict[str, Any]] = {
     "batch 1": {"n_batch": 1, "n_ubatch": 1},
     "flash attention": {"flash_attn": True},
     "fp32 cache": {"type_k": 0, "type_v": 0},
+    "Q8_0 cache": {"type_k": 8, "type_v": 8, "flash_attn": True},
+    "Q4_0 cache": {"type_k": 2, "type_v": 2, "flash_attn": True},
 }
-"""Ways to run llama.cpp that should give the same; that they do not shows how much of a figure is chance."""
+"""Ways to run llama.cpp. Those without a quantized cache should give the same: that they do not shows how much of a
+figure is chance."""
 
 
 def figures(divergences: np.ndarray) -> dict[str, float]:
