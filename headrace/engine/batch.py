@@ -5,6 +5,8 @@ query_starts                 [requests + 1]  whose tokens they are
 sequence_lens                [requests]      keys of each request, the new ones included
 page_table                   [requests, max_pages]
 output_rows                  [outputs]       the tokens whose logits are wanted
+
+The requests of a step have nothing to do with each other: one may be at its prompt, others at their next token.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from headrace.errors import CapacityError
 from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import program_input
 from headrace.models.layers import StepInputs
@@ -37,17 +40,26 @@ class Batch:
         self.num_tokens = self.num_requests = self.num_outputs = 0
 
     def add(self, token_ids: Sequence[int], position: int, pages: Sequence[int], num_outputs: int) -> None:
-        """One request's new tokens, the first of them at `position`; its last `num_outputs` tokens give logits."""
+        """One request's new tokens, the first of them at `position`; its last `num_outputs` tokens give logits.
+
+        pages: those of the whole request, from its first token on. CapacityError, and nothing added, where there is no
+        room for its tokens, its pages, its outputs or the request itself.
+        """
         count, first, request = len(token_ids), self.num_tokens, self.num_requests
-        positions = np.arange(position, position + count, dtype=np.int32)
+        assert 0 <= num_outputs <= count and position + count <= len(pages) * self.page_size
+        self._check_room(count, len(pages), num_outputs)
         table = self.page_table[request]
         table[: len(pages)] = pages
-        self.token_ids[first : first + count] = token_ids
-        self.positions[first : first + count] = positions
-        self.slots[first : first + count] = table[positions // self.page_size] * self.page_size + (
-            positions % self.page_size
-        )
-        self.output_rows[self.num_outputs : self.num_outputs + num_outputs] = np.arange(
+        new = slice(first, first + count)
+        self.token_ids[new] = token_ids
+        if count == 1:  # most calls: plain numbers are quicker than arrays of one
+            self.positions[first] = position
+            self.slots[first] = pages[position // self.page_size] * self.page_size + position % self.page_size
+        else:
+            positions = np.arange(position, position + count, dtype=np.int32)
+            self.positions[new] = positions
+            self.slots[new] = table[positions // self.page_size] * self.page_size + positions % self.page_size
+        self.output_rows[self.num_outputs : self.num_outputs + num_outputs] = range(
             first + count - num_outputs, first + count
         )
         self.sequence_lens[request] = position + count
@@ -55,6 +67,18 @@ class Batch:
         self.num_tokens += count
         self.num_requests += 1
         self.num_outputs += num_outputs
+
+    def _check_room(self, tokens: int, pages: int, outputs: int) -> None:
+        requests, max_pages = self.page_table.shape
+        if self.num_requests == requests:
+            raise CapacityError(f"requests: expected at most {requests} in a step, got one more", "a larger batch")
+        for name, count, used, room in (
+            ("tokens", tokens, self.num_tokens, len(self.token_ids)),
+            ("outputs", outputs, self.num_outputs, len(self.output_rows)),
+            ("pages of a request", pages, 0, max_pages),
+        ):
+            if used + count > room:
+                raise CapacityError(f"{name}: expected at most {room} in a step, got {used + count}")
 
     @property
     def sizes(self) -> native.Sizes:

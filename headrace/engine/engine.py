@@ -15,6 +15,7 @@ from headrace.config import EngineConfig, ModelConfig, SamplingParams
 from headrace.engine.request import Request
 from headrace.engine.runner import MAX_OUTPUTS, Runner
 from headrace.engine.sampler import Sampler
+from headrace.engine.sequence import CachedSequence, NewTokens, run_step
 from headrace.errors import ArgumentError, PromptTooLongError
 from headrace.kernels.cpu import _native as native
 from headrace.kv_cache.pages import PagePool, pages_needed
@@ -30,12 +31,16 @@ class Engine:
         self.config = config
         self.chunk_len = engine.chunk_len
         self.page_size = engine.page_size
-        num_pages = pages_needed(self.context_len, engine.page_size)
+        num_pages = engine.max_requests * pages_needed(self.context_len, engine.page_size)
         self.pool = PagePool(num_pages)
         self.runner = Runner(weights, config, engine, pool, num_pages)
-        self.pages: list[int] = []
-        self.cached_ids: list[int] = []  # the tokens whose keys and values lie in the pages
+        self._cached = CachedSequence()
         self._owner: Request | None = None  # the request whose tokens they are
+
+    @property
+    def pages(self) -> list[int]:
+        """The pages of what is cached; the list changes in place."""
+        return self._cached.pages
 
     def add(self, prompt_ids: Sequence[int], params: SamplingParams, end_ids: frozenset[int] = frozenset()) -> Request:
         """A checked request. Raises ArgumentError for an empty prompt or ids outside the vocabulary, and
@@ -76,16 +81,20 @@ class Engine:
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits [tokens, vocab] at every position."""
         checked = self.add(ids, SamplingParams()).prompt_ids
-        self._owner = None
-        self._forget(0)
+        self.clear()
         width = min(MAX_OUTPUTS, self.chunk_len)
         chunks = [checked[i : i + width] for i in range(0, len(checked), width)]
         return np.concatenate([self._step(chunk, len(chunk)).copy() for chunk in chunks])
 
+    def clear(self) -> None:
+        """Drops all that is cached. A request that is running computes its text again."""
+        self._owner = None
+        self._forget(0)
+
     def _prefill(self, request: Request) -> np.ndarray:
         """Computes what is not cached of the text so far, always its last token; returns the last token's logits."""
         ids = request.ids
-        last = min(_common_len(self.cached_ids, ids), len(ids) - 1)
+        last = min(_common_len(self._cached.ids, ids), len(ids) - 1)
         if not request.token_ids:
             request.reused_len = last
         self._owner = request
@@ -97,22 +106,11 @@ class Engine:
 
     def _step(self, ids: list[int], num_outputs: int) -> np.ndarray:
         """Runs new tokens behind the cached ones."""
-        position = len(self.cached_ids)
-        missing = pages_needed(position + len(ids), self.page_size) - len(self.pages)
-        self.pages += self.pool.allocate(max(0, missing))
-        batch = self.runner.batch
-        batch.clear()
-        batch.add(ids, position, self.pages, num_outputs)
-        logits = self.runner.run()
-        self.cached_ids += ids
-        return logits
+        return run_step(self.runner, self.pool, [NewTokens(self._cached, ids, num_outputs)])
 
     def _forget(self, keep_len: int) -> None:
         """Drops what is cached beyond the first `keep_len` tokens."""
-        del self.cached_ids[keep_len:]
-        keep = pages_needed(keep_len, self.page_size)
-        self.pool.free(self.pages[keep:])
-        del self.pages[keep:]
+        self._cached.forget(keep_len, self.pool, self.page_size)
 
 
 def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:

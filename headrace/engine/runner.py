@@ -7,15 +7,19 @@ import numpy as np
 from headrace.config import EngineConfig, ModelConfig
 from headrace.engine.batch import Batch
 from headrace.kernels.cpu import _native as native
+from headrace.kv_cache.pages import pages_needed
 from headrace.kv_cache.storage import allocate
 from headrace.models import decoder
 from headrace.models.layers import ModelWeights
 
-MAX_OUTPUTS = 64  # rows of logits per step: enough for any decode batch, small beside the weights
+MAX_OUTPUTS = 64  # rows of logits per step, of few requests: small beside the weights
 
 
 class Runner:
-    """One model on one pool of threads. Any number of tokens up to the chunk length per step."""
+    """One model on one pool of threads. Per step any number of tokens up to the chunk length, of any of the requests.
+
+    num_pages: of the whole cache; a request has at most those that its context needs.
+    """
 
     def __init__(
         self,
@@ -27,9 +31,11 @@ class Runner:
     ) -> None:
         self.config = config
         self.storage = allocate(config, num_pages=num_pages, page_size=engine.page_size, dtype=engine.kv_dtype)
-        outputs = min(MAX_OUTPUTS, engine.chunk_len)
-        self.batch = Batch(engine.chunk_len, 1, outputs, num_pages, engine.page_size)
-        self.program = native.Program(pool, native.Sizes(engine.chunk_len, 1, outputs))
+        requests, tokens = engine.max_requests, max(engine.chunk_len, engine.max_requests)
+        outputs = min(max(MAX_OUTPUTS, requests), tokens)
+        max_pages = pages_needed(engine.context_len or config.context_len, engine.page_size)
+        self.batch = Batch(tokens, requests, outputs, max_pages, engine.page_size)
+        self.program = native.Program(pool, native.Sizes(tokens, requests, outputs))
         recorded = decoder.logits(self.batch.inputs(self.program), weights, self.storage.layers, config)
         self.program.keep(recorded.tensor)
         self.program.finish()
