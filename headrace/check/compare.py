@@ -26,23 +26,28 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     return values.astype(numpy_dtype(dtype))
 
 
-def budget(exact: np.ndarray, straightforward: Any, dtype: str) -> float:
-    """The largest error allowed of an output of type `dtype`; infinite ones among the exact must be met exactly."""
+def budget(exact: np.ndarray, straightforward: Any, dtype: str, *, logarithms: bool = False) -> float:
+    """The largest error allowed of an output of type `dtype`; infinite ones among the exact must be met exactly.
+
+    logarithms: of sums; one rounding of the sum moves its logarithm by one rounding of 1, however small that is.
+    """
     finite = np.isfinite(exact)
     if not finite.any():
         return 0.0
     error = np.max(np.abs(np.asarray(straightforward).astype(np.float64)[finite] - exact[finite]))
-    return float(2 * (error + ROUNDING[dtype] * np.max(np.abs(exact[finite]))))
+    return float(2 * (error + ROUNDING[dtype] * np.max(np.abs(exact[finite]), initial=float(logarithms))))
 
 
-def assert_within_budget(got: Any, exact: np.ndarray, straightforward: Any, dtype: str) -> None:
+def assert_within_budget(
+    got: Any, exact: np.ndarray, straightforward: Any, dtype: str, *, logarithms: bool = False
+) -> None:
     """Raises AssertionError that says where the worst element is, and both numbers."""
     values = np.asarray(got).astype(np.float64)
     assert values.shape == exact.shape, f"shape {values.shape}, expected {exact.shape}"
     if exact.size == 0:
         return
     error = np.abs(np.where(values == exact, 0, values) - np.where(values == exact, 0, exact))
-    allowed = budget(exact, straightforward, dtype)
+    allowed = budget(exact, straightforward, dtype, logarithms=logarithms)
     worst = np.unravel_index(np.argmax(np.where(np.isnan(error), np.inf, error)), error.shape)
     place = [int(i) for i in worst]
     assert error[worst] <= allowed, f"at {place}: got {values[worst]}, exact {exact[worst]}, allowed {allowed:.3g}"
