@@ -38,7 +38,7 @@ run: $(STAMPS)/installed ## answer PROMPT with the default model (RUN_OPTIONS: h
 
 test: check ## everything: the checks, then the whole test suite
 	@echo "· all tests"
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest --hypothesis-seed=0 $(TESTS)
 
 quick: $(STAMPS)/test-installed ## the fast tests alone
 	@echo "· the fast tests"
