@@ -21,7 +21,8 @@ import mmap
 import os
 import stat
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -66,6 +67,21 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class FileIdentity:
+    """What tells that a path still leads to the same unchanged file."""
+
+    device: int
+    inode: int
+    num_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> FileIdentity:
+        status = os.fstat(descriptor)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True)
 class Header:
     """Everything before the directory of tensors."""
 
@@ -84,8 +100,11 @@ class GGUFFile:
     `total_bytes` is the size of the file, `tensor_bytes` that of its tensors.
     """
 
-    def __init__(self, path: Path, mapped: mmap.mmap, header: Header, tensors: dict[str, TensorInfo]) -> None:
+    def __init__(
+        self, path: Path, identity: FileIdentity, mapped: mmap.mmap, header: Header, tensors: dict[str, TensorInfo]
+    ) -> None:
         self.path = path
+        self.identity = identity
         self.version = header.version
         self.metadata = header.metadata
         self.kinds = header.kinds
@@ -98,6 +117,17 @@ class GGUFFile:
         """The bytes of a tensor: uint8 [num_bytes], read-only, a view of the mapped file (no copy)."""
         info, mapped = self._find(name)
         return np.frombuffer(mapped, np.uint8, info.num_bytes, info.offset)
+
+    @contextmanager
+    def reading(self) -> Iterator[int]:
+        """A descriptor for reading the file in order. Raises ModelFileError if it is not the one that was opened."""
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                if FileIdentity.of(file.fileno()) != self.identity:
+                    raise ModelFileError(f"{self.path}: changed while it was loaded", hint="load it again")
+                yield file.fileno()
+        except OSError as error:
+            raise ModelFileError(f"{self.path}: cannot be read: {error.strerror or error}") from error
 
     def release(self, name: str) -> None:
         """Give a tensor's pages back to the system: they stop counting as memory of this process.
@@ -143,15 +173,15 @@ def open_gguf(path: str | os.PathLike[str]) -> GGUFFile:
     byte order or tensor type that headrace does not read).
     """
     path = Path(path)
-    mapped = _map_file(path)
+    identity, mapped = _map_file(path)
     try:
-        return _parse(path, mapped)
+        return _parse(path, identity, mapped)
     except BaseException:
         mapped.close()
         raise
 
 
-def _map_file(path: Path) -> mmap.mmap:
+def _map_file(path: Path) -> tuple[FileIdentity, mmap.mmap]:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for a writer
@@ -160,7 +190,7 @@ def _map_file(path: Path) -> mmap.mmap:
         if status.st_size == 0:
             raise ModelFileError(f"{path}: the file is empty", hint=_INCOMPLETE)
         with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return FileIdentity.of(file.fileno()), mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise SourceError(f"{path}: no such file") from error
     except (OSError, ValueError) as error:
@@ -168,14 +198,14 @@ def _map_file(path: Path) -> mmap.mmap:
         raise ModelFileError(f"{path}: cannot be read: {reason}") from error
 
 
-def _parse(path: Path, mapped: mmap.mmap) -> GGUFFile:
+def _parse(path: Path, identity: FileIdentity, mapped: mmap.mmap) -> GGUFFile:
     cursor = _Cursor(path, mapped)
     header = _read_header(cursor)
     num_parts = header.metadata.get("split.count")
     if isinstance(num_parts, int) and num_parts > 1:
         hint = "join the parts into one file first (llama-gguf-split --merge)"
         raise UnsupportedError(f"{path}: one of {num_parts} parts of a model", hint=hint)
-    return GGUFFile(path, mapped, header, _read_directory(cursor, header))
+    return GGUFFile(path, identity, mapped, header, _read_directory(cursor, header))
 
 
 def _read_header(cursor: _Cursor) -> Header:

@@ -1,11 +1,12 @@
 """From a GGUF file to packed weights: every tensor checked against the configuration, packed, and let go of.
 
-The file is mapped, not read: each tensor's pages are given back once it is packed, so that the peak is the packed
-model and one tensor.
+Matrices are read piece by piece, each thread into memory of its own that stays in its cache, and packed from there into
+one block for all of them: the peak is the packed model. Vectors are small and come from the mapped file.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,8 @@ from headrace.kernels.cpu import _native as native
 from headrace.models.families import SMALLEST_REAL, config_from
 from headrace.models.layers import AttentionWeights, FeedForwardWeights, LayerWeights, ModelWeights
 from headrace.ops.formats import dequantize
-from headrace.ops.linear import PackedWeight, pack
-from headrace.weights.gguf import GGUFFile
+from headrace.ops.linear import PackedWeight
+from headrace.weights.gguf import GGUFFile, TensorInfo
 
 Progress = Callable[[str, int, int], None]
 
@@ -29,29 +30,35 @@ class Loader:
     """Takes tensors out of one file by name."""
 
     file: GGUFFile
+    descriptor: int
     pool: native.Pool
+    arena: native.Arena
     progress: Progress | None = None
     done_bytes: int = 0
     taken: set[str] = field(default_factory=set)
 
-    def raw(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor's bytes; its shape must be the one the configuration asks for."""
+    def info(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        """Where the tensor lies; its shape must be the one the configuration asks for."""
         info = self.file.tensors.get(name)
         if info is None:
             raise ModelFileError(f"{self.file.path}: tensor {name!r} is missing")
         if info.shape != shape:
             raise ModelFileError(f"tensor {name!r}: expected {list(shape)}, the file has {list(info.shape)}")
         self.taken.add(name)
-        return self.file.data(name)
+        return info
 
     def matrix(self, name: str, rows: int, cols: int) -> PackedWeight:
-        packed = pack(self.raw(name, (rows, cols)), self.file.tensors[name].format, (rows, cols), self.pool)
-        self._let_go(name)
+        info = self.info(name, (rows, cols))
+        self._read_ahead(info)
+        packed = native.pack_file(self.pool, self.arena, info.format, (rows, cols), self.descriptor, info.offset)
+        self._count(info)
         return packed
 
     def vector(self, name: str, length: int) -> np.ndarray:
-        values = dequantize(self.raw(name, (length,)), self.file.tensors[name].format)
-        self._let_go(name)
+        info = self.info(name, (length,))
+        values = dequantize(self.file.data(name), info.format)
+        self.file.release(name)
+        self._count(info)
         if not np.isfinite(values).all():
             raise ModelFileError(f"tensor {name!r}: expected finite numbers, got {values[~np.isfinite(values)][0]}")
         return np.array(values, np.float32).reshape(-1)
@@ -59,9 +66,13 @@ class Loader:
     def optional_vector(self, name: str, length: int) -> np.ndarray | None:
         return self.vector(name, length) if name in self.file.tensors else None
 
-    def _let_go(self, name: str) -> None:
-        self.file.release(name)
-        self.done_bytes += self.file.tensors[name].num_bytes
+    def _read_ahead(self, info: TensorInfo) -> None:
+        # The system starts on this tensor and the next while the threads pack the first of it.
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, info.offset, 2 * info.num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def _count(self, info: TensorInfo) -> None:
+        self.done_bytes += info.num_bytes
         if self.progress:
             self.progress("loading", self.done_bytes, self.file.total_bytes)
 
@@ -78,8 +89,18 @@ def load_weights(
     file: GGUFFile, config: ModelConfig, pool: native.Pool, progress: Progress | None = None
 ) -> ModelWeights:
     """All weights of the model, packed. Raises ModelFileError for a tensor that is missing or of another shape."""
-    loader = Loader(file, pool, progress)
     _check_layer_count(file, config)
+    with file.reading() as descriptor:
+        return _load(Loader(file, descriptor, pool, _room_for(file), progress), config)
+
+
+def _room_for(file: GGUFFile) -> native.Arena:
+    """One block for all matrices. NOTE: of address space; memory is taken as it is written."""
+    matrices = [info for info in file.tensors.values() if len(info.shape) == 2]
+    return native.Arena(sum(native.packed_bytes(info.format, info.shape) for info in matrices))
+
+
+def _load(loader: Loader, config: ModelConfig) -> ModelWeights:
     embedding = loader.matrix("token_embd.weight", config.vocab_size, config.dim)
     head = embedding if config.tied_head else loader.matrix("output.weight", config.vocab_size, config.dim)
     layers = tuple(_layer(loader, f"blk.{i}", config) for i in range(config.num_layers))

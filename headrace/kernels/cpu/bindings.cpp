@@ -19,10 +19,10 @@ void bind_roof(nb::module_& m);
 void bind_sampling(nb::module_& m);
 void bind_schedule(nb::module_& m);
 void bind_strings(nb::module_& m);
+void bind_weights(nb::module_& m);
 }
 using namespace headrace;
 using AnyArray = nb::ndarray<nb::ro, nb::device::cpu>;
-using BytesArray = nb::ndarray<const uint8_t, nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 namespace {
 
@@ -88,24 +88,6 @@ std::vector<double> run_timed(Program& program, const Sizes& sizes) {
   return seconds;
 }
 
-WeightRef pack(Pool& pool, const std::string& format, int64_t rows, int64_t cols, const BytesArray& raw) {
-  nb::gil_scoped_release unlocked;
-  return pack_weight(pool, format_from_name(format), rows, cols, raw.data(), static_cast<int64_t>(raw.size()));
-}
-
-using FloatArray = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-void unpack(const PackedWeight& weight, FloatArray out) {
-  for (int64_t r = 0; r < weight.rows; ++r) unpack_row(weight, r, out.data() + r * weight.cols);
-}
-
-void dequantize(const std::string& format, int64_t rows, int64_t cols, const BytesArray& raw, FloatArray out) {
-  WeightFormat f = format_from_name(format);
-  if (static_cast<int64_t>(raw.size()) != rows * row_bytes(f, cols) || static_cast<int64_t>(out.size()) != rows * cols)
-    throw std::invalid_argument("dequantize: raw or out does not have the size the shape asks for");
-  for (int64_t r = 0; r < rows; ++r) dequantize_row(f, raw.data() + r * row_bytes(f, cols), cols, out.data() + r * cols);
-}
-
 // The user's mistakes, in headrace's own exceptions.
 void translate(const std::exception_ptr& e, void*) {
   auto raise = [](const char* name, const char* text) {
@@ -115,6 +97,8 @@ void translate(const std::exception_ptr& e, void*) {
     std::rethrow_exception(e);
   } catch (const std::invalid_argument& error) {
     raise("ArgumentError", error.what());
+  } catch (const ReadFailed& error) {
+    raise("ModelFileError", error.what());
   } catch (const ForkedPool& error) {
     raise("HeadraceError", error.what());
   } catch (const std::bad_alloc&) {
@@ -155,16 +139,6 @@ void bind_runtime(nb::module_& m) {
       .def("run_timed", &run_timed)
       .def_prop_ro("op_names", &Program::op_names)
       .def_prop_ro("arena_bytes", &Program::arena_bytes);
-}
-
-void bind_weights(nb::module_& m) {
-  nb::class_<PackedWeight>(m, "PackedWeight")
-      .def_prop_ro("format", [](const PackedWeight& w) { return std::string(format_info(w.format).name); })
-      .def_prop_ro("shape", [](const PackedWeight& w) { return std::make_pair(w.rows, w.cols); })
-      .def_prop_ro("num_bytes", &PackedWeight::bytes)
-      .def("unpack", &unpack);
-  m.def("pack", &pack);
-  m.def("dequantize", &dequantize);
 }
 
 void bind_ops(nb::module_& m) {

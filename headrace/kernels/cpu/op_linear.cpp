@@ -310,37 +310,4 @@ void submit_linear_gated(Runner& runner, Isa isa, TensorRef x, WeightRef gate, W
   runner.submit(std::make_unique<Linear>(runner, kernels_for(isa), x, std::move(items), precision, "linear_gated"));
 }
 
-namespace {
-
-class Pack : public Op {
- public:
-  Pack(PackedWeight& weight, const uint8_t* raw) : Op("pack"), weight_(weight), raw_(raw) {}
-  int64_t chunks(int, const Sizes&, int) const override { return weight_.panels(); }
-  void run(int, int64_t chunk, Worker&, const Sizes&) override { pack_panel(weight_, chunk, raw_); }
-
- private:
-  PackedWeight& weight_;
-  const uint8_t* raw_;
-};
-
-}  // namespace
-
-WeightRef pack_weight(Pool& pool, WeightFormat format, int64_t rows, int64_t cols, const uint8_t* raw, int64_t raw_bytes) {
-  Expect expect{"pack"};
-  int block = format_info(format).block_len;
-  expect.that(rows > 0 && cols > 0 && cols % block == 0, "shape", "rows of a multiple of " + std::to_string(block),
-              std::to_string(rows) + " x " + std::to_string(cols));
-  expect.that(raw_bytes / row_bytes(format, cols) == rows && raw_bytes % row_bytes(format, cols) == 0, "raw",
-              std::to_string(rows) + " rows of " + std::to_string(row_bytes(format, cols)) + " bytes",
-              std::to_string(raw_bytes) + " bytes");
-  auto weight = std::make_shared<PackedWeight>();
-  weight->format = format;
-  weight->rows = rows;
-  weight->cols = cols;
-  weight->panel_stride = panel_bytes(format, cols);
-  weight->memory = pool.arena().take(weight->bytes());
-  pool.submit(std::make_unique<Pack>(*weight, raw));
-  return weight;
-}
-
 }  // namespace headrace

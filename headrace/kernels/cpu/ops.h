@@ -91,4 +91,12 @@ void submit_merge_attention(Runner& runner, Isa isa, MergeTensors tensors);
 // raw: the matrix as a file holds it
 WeightRef pack_weight(Pool& pool, WeightFormat format, int64_t rows, int64_t cols, const uint8_t* raw, int64_t raw_bytes);
 
+// The same from an open file, read a piece at a time: nothing of it is mapped or held. Throws ReadFailed.
+WeightRef pack_file(Pool& pool, Arena& arena, WeightFormat format, int64_t rows, int64_t cols, int file, int64_t offset);
+int64_t packed_bytes(WeightFormat format, int64_t rows, int64_t cols);  // what that takes from the arena
+
+struct ReadFailed : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 }  // namespace headrace

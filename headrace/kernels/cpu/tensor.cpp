@@ -83,6 +83,8 @@ std::shared_ptr<void> allocate_bytes(int64_t bytes) {
   return std::shared_ptr<void>(data, free);
 }
 
+Arena::Arena(int64_t) {}
+
 std::shared_ptr<void> Arena::take(int64_t bytes) { return allocate_bytes(bytes); }
 
 #else
@@ -103,10 +105,12 @@ std::shared_ptr<void> allocate_bytes(int64_t bytes) {
   return std::shared_ptr<void>(data, [raw, reserve](void*) { munmap(raw, reserve); });
 }
 
+Arena::Arena(int64_t bytes) : block_(allocate_bytes(bytes)), size_(bytes) {}
+
 std::shared_ptr<void> Arena::take(int64_t bytes) {
   constexpr int64_t kBlockBytes = int64_t{16} << 20;
-  if (bytes >= kBlockBytes) return allocate_bytes(bytes);
   if (used_ + bytes > size_) {
+    if (bytes >= kBlockBytes) return allocate_bytes(bytes);
     block_ = allocate_bytes(kBlockBytes);
     size_ = kBlockBytes;
     used_ = 0;

@@ -93,6 +93,8 @@ std::shared_ptr<void> allocate_bytes(int64_t bytes);
 // costs a look-up and stops the prefetcher. A block lives as long as any of its pieces.
 class Arena {
  public:
+  Arena() = default;
+  explicit Arena(int64_t bytes);              // room for that much in one block: nothing is lost between pieces
   std::shared_ptr<void> take(int64_t bytes);  // 64-byte aligned, zeroed
 
  private:

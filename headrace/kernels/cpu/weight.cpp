@@ -2,6 +2,7 @@
 #define HEADRACE_ISA plain
 #include "weight.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "simd.h"
@@ -282,9 +283,22 @@ float float_at(WeightFormat format, const uint8_t* p) {
 }
 
 // Where element (row r of 16, column c) of a float panel lies.
-int64_t float_offset(WeightFormat format, int r, int64_t c) {
+inline int64_t float_offset(WeightFormat format, int r, int64_t c) {
   if (format == WeightFormat::BF16) return ((c / 2 * 16 + r) * 2 + c % 2) * 2;
   return (c * 16 + r) * (format == WeightFormat::F32 ? 4 : 2);
+}
+
+// A panel of floats, whose bytes only change places.
+template <class T>
+void pack_floats_of(WeightFormat format, const uint8_t* raw, int rows, int64_t cols, uint8_t* out) {
+  for (int64_t c = 0; c < cols; ++c)
+    for (int r = 0; r < rows; ++r) memcpy(out + float_offset(format, r, c), raw + (r * cols + c) * sizeof(T), sizeof(T));
+}
+
+void pack_floats(WeightFormat format, const uint8_t* raw, int rows, int64_t cols, uint8_t* out) {
+  if (format == WeightFormat::F32) return pack_floats_of<uint32_t>(WeightFormat::F32, raw, rows, cols, out);
+  if (format == WeightFormat::F16) return pack_floats_of<uint16_t>(WeightFormat::F16, raw, rows, cols, out);
+  pack_floats_of<uint16_t>(WeightFormat::BF16, raw, rows, cols, out);
 }
 
 }  // namespace
@@ -314,21 +328,16 @@ int64_t row_bytes(WeightFormat format, int64_t cols) {
 void pack_panel(PackedWeight& weight, int64_t p, const uint8_t* raw) {
   const FormatInfo& f = format_info(weight.format);
   uint8_t* out = weight.panel(p);
-  int64_t stride = row_bytes(weight.format, weight.cols), group_bytes = f.bits ? GroupLayout(f).bytes : 0;
-  int64_t num_groups = weight.cols / f.group;
-  for (int r = 0; r < 16 && p * 16 + r < weight.rows; ++r) {
-    const uint8_t* row = raw + (p * 16 + r) * stride;
-    if (!f.bits) {
-      for (int64_t c = 0; c < weight.cols; ++c)
-        memcpy(out + float_offset(weight.format, r, c), row + c * f.block_bytes, static_cast<size_t>(f.block_bytes));
-      continue;
-    }
-    for (int64_t g = 0; g < num_groups; ++g, row += f.block_bytes)
-      if (f.bits == 4 && f.group == 32)
-        put_nibble_block(f, row, r, out + g * group_bytes);
+  int rows = static_cast<int>(std::min<int64_t>(16, weight.rows - p * 16));
+  if (!f.bits) return pack_floats(weight.format, raw, rows, weight.cols, out);
+  int64_t stride = row_bytes(weight.format, weight.cols), group_bytes = GroupLayout(f).bytes;
+  bool nibbles = f.bits == 4 && f.group == 32;
+  for (int64_t g = 0; g < weight.cols / f.group; ++g, raw += f.block_bytes, out += group_bytes)
+    for (int r = 0; r < rows; ++r)
+      if (nibbles)
+        put_nibble_block(f, raw + r * stride, r, out);
       else
-        put_group(f, read_group(weight.format, row), r, out + g * group_bytes);
-  }
+        put_group(f, read_group(weight.format, raw + r * stride), r, out);
 }
 
 void dequantize_row(WeightFormat format, const uint8_t* raw, int64_t cols, float* out) {

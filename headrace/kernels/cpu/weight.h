@@ -51,7 +51,7 @@ struct PackedWeight {
   uint8_t* panel(int64_t p) { return static_cast<uint8_t*>(memory.get()) + p * panel_stride; }
 };
 
-// Packs panel p from the rows of a file's matrix.
+// Packs panel p from the bytes a file has for its rows: 16, or what is left of the matrix.
 void pack_panel(PackedWeight& weight, int64_t p, const uint8_t* raw);
 
 // One row as floats, from the file's bytes / from the packed ones. Bit for bit what GGUF defines.
