@@ -197,7 +197,9 @@ def bench_model(
     prompt_len: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is measured.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded in each measurement.")] = 128,
     depth: Annotated[str, typer.Option(help="Tokens already in the cache: a list with commas.")] = "0,1024,4096",
-    batch: Annotated[int, typer.Option(help="Sequences at a time.")] = 1,
+    batch: Annotated[
+        str, typer.Option(help="Sequences decoded at a time: a list with commas; 1 is the first row.")
+    ] = "1",
     threads: Threads = None,
     kv_dtype: KVDtype = EngineConfig.kv_dtype,
     repeat: Annotated[int, typer.Option(help="Measurements of each row.")] = 5,
@@ -207,21 +209,24 @@ def bench_model(
     """Prefill and decode speed, as a share of what the machine could do."""
     from headrace.bench.model import ModelBench, bench_model
 
-    plan = ModelBench(prompt_len, new_tokens, _depths(depth), batch, repeat, kv_dtype=kv_dtype)
+    depths, batches = _numbers("--depth", depth, "0,1024"), _numbers("--batch", batch, "1,8")
+    plan = ModelBench(prompt_len, new_tokens, depths, batches, repeat, kv_dtype=kv_dtype)
+    measure = bench_model
+    if explain:
+        from headrace.bench.step import explain_model as measure
+    elif batches != (1,):
+        from headrace.bench.batches import bench_batches as measure
     with ProgressLine() as progress:
-        if explain:
-            from headrace.bench.step import explain_model
-
-            explain_model(model, plan, threads=threads, json_only=as_json, progress=progress)
-        else:
-            bench_model(model, plan, threads=threads, json_only=as_json, progress=progress)
+        measure(model, plan, threads=threads, json_only=as_json, progress=progress)
 
 
-def _depths(text: str) -> tuple[int, ...]:
+def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ArgumentError(f"--depth: expected whole numbers with commas, got {text!r}", "--depth 0,1024") from None
+        raise ArgumentError(
+            f"{option}: expected whole numbers with commas, got {text!r}", f"{option} {example}"
+        ) from None
 
 
 @verb(bench, "roofline")
@@ -239,7 +244,7 @@ def bench_roofline(
     from headrace.bench.model import ModelBench
     from headrace.bench.roofline_plot import bench_roofline
 
-    plan = ModelBench(prompt_len, 8 * repeat, _depths(depth), 1, repeat, kv_dtype=kv_dtype)
+    plan = ModelBench(prompt_len, 8 * repeat, _numbers("--depth", depth, "0,1024"), (1,), repeat, kv_dtype=kv_dtype)
     with ProgressLine() as progress:
         bench_roofline(model, plan, out, threads=threads, progress=progress)
     print(out)

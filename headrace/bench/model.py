@@ -17,7 +17,7 @@ from headrace.bench.report import document, table
 from headrace.bench.roofline import Ceiling, ModelWork, decode_ceiling, measured_machine, model_work, prefill_ceiling
 from headrace.bench.timing import Spread
 from headrace.config import EngineConfig, SamplingParams
-from headrace.errors import ArgumentError, HeadraceError, UnsupportedError
+from headrace.errors import ArgumentError, HeadraceError
 from headrace.machine import Machine
 from headrace.talk import ProgressLine
 
@@ -34,18 +34,18 @@ class ModelBench:
     prompt_len: int = 512
     new_tokens: int = 128
     depths: tuple[int, ...] = (0, 1024, 4096)
-    batch: int = 1
+    batches: tuple[int, ...] = (1,)  # sequences at a time
     repeat: int = 5
     kv_dtype: str = EngineConfig.kv_dtype
 
     def __post_init__(self) -> None:
-        for name in ("prompt_len", "new_tokens", "batch", "repeat"):
+        for name in ("prompt_len", "new_tokens", "repeat"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name}: expected a whole number >= 1, got {getattr(self, name)}")
         if not self.depths or min(self.depths) < 0:
             raise ArgumentError(f"depth: expected whole numbers >= 0, got {list(self.depths)}")
-        if self.batch != 1:
-            raise UnsupportedError(f"batch: the engine runs one sequence at a time, got {self.batch}", "--batch 1")
+        if not self.batches or min(self.batches) < 1:
+            raise ArgumentError(f"batch: expected whole numbers >= 1, got {list(self.batches)}")
 
     @property
     def context_len(self) -> int:
@@ -98,7 +98,7 @@ def bench_model(
         "\n"
         + table(["phase", "depth", "tokens", "tokens/s (min-max, n)", "rate", "of roof"], [r.cells() for r in rows])
     )
-    data = _data(llm, machine, plan, rows)
+    data = document_of(llm, machine, plan, [row.data() for row in rows])
     print(document(data))
     return data
 
@@ -182,7 +182,8 @@ def _sample(llm: LLM, row: tuple[str, int, int], before: list[int], chance: np.r
     return decode_speed(llm, before or random_ids(llm, 1, chance), tokens)
 
 
-def _data(llm: LLM, machine: Machine, plan: ModelBench, rows: list[Row]) -> dict[str, Any]:
+def document_of(llm: LLM, machine: Machine, plan: ModelBench, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What ends the bench: the model, the machine, the plan, and the data of the rows."""
     return {
         "model": llm.path.name,
         "threads": llm.threads,
@@ -191,5 +192,5 @@ def _data(llm: LLM, machine: Machine, plan: ModelBench, rows: list[Row]) -> dict
         "bytes_per_token": llm.bytes_per_token,
         "kv_bytes_per_token": llm.kv_bytes_per_token,
         "plan": asdict(plan),
-        "rows": [row.data() for row in rows],
+        "rows": rows,
     }

@@ -1,7 +1,8 @@
 """The most a machine allows for a model: what must be read and multiplied, over the measured roofs.
 
-Decode reads every weight and the keys and values so far, once per token. Prefill multiplies every weight with every
-token; it reads the weights once. The slower of the two sides binds. The head counts once: only the last token needs it.
+Decode reads every weight and the keys and values so far, once per token; of many sequences at once it reads the weights
+once for all. Prefill multiplies every weight with every token; it reads the weights once. The slower of the two sides
+binds. Of a prompt the head counts once: only the last token needs it.
 """
 
 from __future__ import annotations
@@ -72,23 +73,36 @@ def model_work(file: GGUFFile, config: ModelConfig, weight_bytes: int, kv_bytes_
     return ModelWork(weight_bytes, kv_bytes_per_token, dict(layers), dict(head), attention)
 
 
-def decode_ceiling(work: ModelWork, machine: Machine, depth: int, threads: int) -> Ceiling:
-    """One token after `depth` others."""
-    return _ceiling(work, machine, depth, 1, threads)
+def decode_ceiling(work: ModelWork, machine: Machine, depth: int, threads: int, *, batch: int = 1) -> Ceiling:
+    """One token after `depth` others, in each of `batch` sequences at once."""
+    keys = batch * (depth + 1)
+    return _ceiling(work, machine, threads, _Step(batch, batch, keys, keys))
 
 
 def prefill_ceiling(work: ModelWork, machine: Machine, depth: int, tokens: int, threads: int) -> Ceiling:
     """`tokens` of a prompt at once, after `depth` others."""
-    return _ceiling(work, machine, depth, tokens, threads)
+    pairs = depth * tokens + tokens * (tokens + 1) // 2
+    return _ceiling(work, machine, threads, _Step(tokens, 1, depth + tokens, pairs))
 
 
-def _ceiling(work: ModelWork, machine: Machine, depth: int, tokens: int, threads: int) -> Ceiling:
-    num_bytes = work.weight_bytes + work.kv_bytes_per_token * (depth + tokens)
-    flops = Counter({unit: tokens * amount for unit, amount in work.layer_flops.items()}) + Counter(work.head_flops)
-    flops["fp32"] += work.attention_flops * (depth * tokens + tokens * (tokens + 1) // 2)
+@dataclass(frozen=True)
+class _Step:
+    """Counts of a step: new tokens, rows of logits, keys it reads, and pairs of a query token and a key it sees."""
+
+    tokens: int
+    outputs: int
+    keys: int
+    pairs: int
+
+
+def _ceiling(work: ModelWork, machine: Machine, threads: int, step: _Step) -> Ceiling:
+    num_bytes = work.weight_bytes + work.kv_bytes_per_token * step.keys
+    flops = Counter({unit: step.tokens * amount for unit, amount in work.layer_flops.items()})
+    flops.update({unit: step.outputs * amount for unit, amount in work.head_flops.items()})
+    flops["fp32"] += work.attention_flops * step.pairs
     compute_s = sum(amount / _product_roof(machine, unit, threads) for unit, amount in flops.items())
     memory_s = num_bytes / _read_roof(machine, work.weight_bytes, threads)
-    return Ceiling(tokens, num_bytes, sum(flops.values()), memory_s, compute_s)
+    return Ceiling(step.tokens, num_bytes, sum(flops.values()), memory_s, compute_s)
 
 
 def _read_roof(machine: Machine, num_bytes: int, threads: int) -> float:

@@ -24,6 +24,7 @@ from headrace.bench.roofline import measured_machine
 from headrace.bench.step_parts import NOTHING, Part, StepModel, StepSize, step_model, step_parts
 from headrace.engine.request import Request
 from headrace.engine.sampler import Sampler
+from headrace.errors import UnsupportedError
 from headrace.machine import Machine
 from headrace.ops.select import Traffic
 from headrace.talk import ProgressLine
@@ -183,6 +184,8 @@ def explain_model(
     """Prints each step of the plan explained, then the JSON document (alone when `json_only`), which is returned."""
     from headrace.llm import LLM
 
+    if plan.batches != (1,):
+        raise UnsupportedError("batch: expected 1, a step of one sequence is explained", "without --batch")
     llm = LLM(model, threads=threads, context_len=plan.context_len, kv_dtype=plan.kv_dtype, progress=progress)
     machine = measured_machine(llm.bytes_per_token, llm.threads)
     check_model(llm)

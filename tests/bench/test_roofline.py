@@ -29,6 +29,16 @@ def test_decode_reads_the_weights_and_the_cache() -> None:
     assert ceiling.bound == "memory" and ceiling.tokens_per_s == 1 / 20
 
 
+def test_a_batch_reads_the_weights_once_and_every_cache() -> None:
+    ceiling = decode_ceiling(WORK, MACHINE, 99, 2, batch=8)
+    assert ceiling.num_bytes == 1000 + 8 * 10 * 100
+    one = decode_ceiling(WORK, MACHINE, 99, 2)
+    assert ceiling.flops == 8 * one.flops and ceiling.compute_s == 8 * one.compute_s
+    assert (one.bound, ceiling.bound) == ("memory", "memory") and ceiling.tokens_per_s == 8 / 90
+    crowded = decode_ceiling(WORK, MACHINE, 0, 2, batch=8)
+    assert crowded.bound == "compute" and crowded.tokens_per_s == 8 / crowded.compute_s
+
+
 def test_prefill_multiplies_every_token_and_the_head_once() -> None:
     ceiling = prefill_ceiling(WORK, MACHINE, 10, 100, 2)
     pairs = 10 * 100 + 100 * 101 // 2

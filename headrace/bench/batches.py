@@ -1,0 +1,233 @@
+"""`headrace bench model --batch 1,8,32`: many sequences decoded together, beside the most the machine allows.
+
+A step gives each sequence its next token: the weights are read once for all of them, keys and values for each. Every
+sequence has pages of its own. What lies before (`depth`) is computed for one and copied to the others, for how long
+attention takes does not depend on what it reads. Batches take turns, and batch 1 is always among them. Rows are printed
+only after sequences in a batch answered as they do alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from headrace.bench.model import ModelBench, check_model, document_of, greedy, random_ids, work_of
+from headrace.bench.report import document, table
+from headrace.bench.roofline import Ceiling, ModelWork, decode_ceiling, measured_machine
+from headrace.bench.step_parts import step_model
+from headrace.bench.timing import Spread, alternate
+from headrace.engine.sequence import CachedSequence, NewTokens, run_step
+from headrace.errors import HeadraceError
+from headrace.kv_cache.storage import LayerPages
+from headrace.machine import Machine, this_machine
+from headrace.ops import linear
+from headrace.ops.sampling import sample
+from headrace.ops.select import Kernel, Request, choose
+from headrace.talk import ProgressLine
+
+if TYPE_CHECKING:
+    from headrace.llm import LLM
+
+_CHECK_LEN = 8  # tokens of the answers, and most tokens of the prompts, that are compared
+HEADS = ["batch", "depth", "tokens/s (min-max, n)", "over batch 1", "ms/step", "GB/s", "of roof", "bound by"]
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """A measured line: tokens/s of all sequences together. `alone` is that of batch 1."""
+
+    batch: int
+    depth: int
+    tokens: int  # decoded by each sequence in a measurement
+    ceiling: Ceiling
+    speed: Spread
+    alone: float
+
+    @property
+    def factor(self) -> float:
+        return self.speed.median / self.alone
+
+    @property
+    def step_s(self) -> float:
+        return self.batch / self.speed.median
+
+    @property
+    def gb_per_s(self) -> float:
+        return self.ceiling.num_bytes / self.step_s / 1e9
+
+    @property
+    def roof_fraction(self) -> float:
+        return self.speed.median / self.ceiling.tokens_per_s
+
+    def cells(self) -> list[str]:
+        sizes = [str(self.batch), str(self.depth), str(self.speed), f"{self.factor:.2f} x", f"{self.step_s * 1e3:.2f}"]
+        return [*sizes, f"{self.gb_per_s:.1f}", f"{self.roof_fraction:.0%}", self.ceiling.bound]
+
+    def data(self) -> dict[str, Any]:
+        ceiling = {"tokens_per_s": self.ceiling.tokens_per_s, "bound": self.ceiling.bound, **asdict(self.ceiling)}
+        speed = {f"tokens_per_s_{key}": value for key, value in asdict(self.speed).items() if key != "count"}
+        row = {"phase": "decode", "batch": self.batch, "depth": self.depth, "tokens": self.tokens, **speed}
+        rates = {"factor": self.factor, "gb_per_s": self.gb_per_s, "roof_fraction": self.roof_fraction}
+        return {**row, "repeat": self.speed.count, "ceiling": ceiling, **rates}
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What bounds a model on a machine while each sequence decodes `tokens`."""
+
+    work: ModelWork
+    machine: Machine
+    threads: int
+    tokens: int
+
+    def at(self, batch: int, depth: int) -> Ceiling:
+        """That of the middle step."""
+        return decode_ceiling(self.work, self.machine, depth + self.tokens // 2, self.threads, batch=batch)
+
+    def table(self, depths: Sequence[int], batches: Sequence[int]) -> str:
+        rows = []
+        for depth, batch in product(depths, batches):
+            ceiling = self.at(batch, depth)
+            most = ceiling.tokens_per_s
+            rows.append([str(batch), str(depth), f"{most:.0f}", ceiling.rate_text(most), ceiling.bound])
+        return table(["batch", "depth", "tokens/s at most", "roof", "bound by"], rows)
+
+
+def bench_batches(
+    model: str, plan: ModelBench, *, threads: int | None, json_only: bool, progress: ProgressLine
+) -> dict[str, Any]:
+    """Prints ceilings, then rows, then the JSON document (alone when `json_only`), which is also returned."""
+    from headrace.llm import LLM
+
+    batches = sorted({1, *plan.batches})
+    options: dict[str, Any] = {"context_len": plan.context_len, "kv_dtype": plan.kv_dtype}
+    llm = LLM(model, threads=threads, max_requests=batches[-1], progress=progress, **options)
+    machine = measured_machine(llm.bytes_per_token, llm.threads)
+    work = work_of(llm)
+    check_model(llm)
+    same = check_batches(llm, batches)
+    show = (lambda text: None) if json_only else (lambda text: print(text, flush=True))
+    limits = _Limits(work, machine, llm.threads, plan.new_tokens)
+    show(limits.table(plan.depths, batches))
+    rows: list[BatchRow] = []
+    for depth in plan.depths:
+        progress(f"measuring at depth {depth}", len(rows), len(plan.depths) * len(batches))
+        rows += _rows(llm, plan, depth, {batch: limits.at(batch, depth) for batch in batches})
+    show("\n" + table(HEADS, [row.cells() for row in rows]))
+    show(_said(same, varying_parts(llm)))
+    data = {**document_of(llm, machine, plan, [row.data() for row in rows]), "same_as_alone": same}
+    print(document(data))
+    return data
+
+
+def _said(same: bool, varying: Sequence[str]) -> str:
+    if not varying:
+        return "each sequence answers in a batch as it does alone"
+    what = "did" if same else "did not"
+    return f"sequences {what} answer in a batch as they do alone; bits may depend on it: {', '.join(varying)}"
+
+
+def varying_parts(llm: LLM) -> list[str]:
+    """What of a step may compute a token otherwise beside other tokens than by itself."""
+    found = []
+    requests = [linear.request(llm.engine.chunk_len, [matrix]) for matrix in step_model(llm).matrices.values()]
+    chosen = [(choose(linear.kernels(), request), request) for request in requests]
+    if names := {kernel.name for kernel, request in chosen if not _row_by_row(kernel, request)}:
+        found.append(f"linear by {', '.join(sorted(names))}")
+    if llm.engine.runner.storage.layers[0].key_scales is not None:
+        found.append("attention over keys with scales")
+    return found
+
+
+def _row_by_row(kernel: Kernel, request: Request) -> bool:
+    return kernel.planned(request, this_machine()).batch_invariant
+
+
+def check_batches(llm: LLM, batches: Sequence[int]) -> bool:
+    """Whether sequences answer in batches of these sizes as they do alone. HeadraceError where they must and do not."""
+    chance = np.random.default_rng(1)
+    prompts = [random_ids(llm, 1 + i % _CHECK_LEN, chance) for i in range(max(batches))]
+    alone = [llm.generate(prompt, greedy(_CHECK_LEN)).token_ids for prompt in prompts]
+    together = Together(llm)
+    for batch in batches:
+        sequences = [together.filled(prompt[:-1]) for prompt in prompts[:batch]]
+        answers = together.decode(sequences, [prompt[-1] for prompt in prompts[:batch]], _CHECK_LEN)
+        together.forget(sequences, 0)
+        if answers != alone[:batch]:
+            if varying_parts(llm):
+                return False
+            wrong, right = next(pair for pair in zip(answers, alone, strict=False) if pair[0] != pair[1])
+            raise HeadraceError(f"an answer in a batch of {batch} is {wrong}, alone {right}: no speed is printed")
+    return True
+
+
+class Together:
+    """Sequences of one model that are decoded together. The model's own, single one is dropped."""
+
+    def __init__(self, llm: LLM) -> None:
+        llm.engine.clear()
+        self.runner, self.pool, self.chunk_len = llm.engine.runner, llm.engine.pool, llm.engine.chunk_len
+
+    def filled(self, ids: list[int]) -> CachedSequence:
+        """A sequence of these tokens, computed in chunks."""
+        sequence = CachedSequence()
+        for first in range(0, len(ids), self.chunk_len):
+            run_step(self.runner, self.pool, [NewTokens(sequence, ids[first : first + self.chunk_len], 0)])
+        return sequence
+
+    def copied(self, sequence: CachedSequence) -> CachedSequence:
+        """The same tokens on other pages."""
+        pages = self.pool.allocate(len(sequence.pages))
+        for layer in self.runner.storage.layers:
+            _copy_pages(layer, sequence.pages, pages)
+        return CachedSequence(list(sequence.ids), pages)
+
+    def decode(self, sequences: Sequence[CachedSequence], first: Sequence[int], steps: int) -> list[list[int]]:
+        """Each sequence's greedy tokens behind its `first`, all sequences in one step."""
+        tokens, answers = list(first), list[list[int]]()
+        params, zeros = [greedy(1)] * len(tokens), [0] * len(tokens)
+        for _ in range(steps):
+            parts = [NewTokens(sequence, [token]) for sequence, token in zip(sequences, tokens, strict=True)]
+            logits = run_step(self.runner, self.pool, parts)
+            tokens = sample(logits, params, seeds=zeros, steps=zeros).tolist()
+            answers.append(tokens)
+        return [list(answer) for answer in zip(*answers, strict=True)]
+
+    def forget(self, sequences: Sequence[CachedSequence], keep_len: int) -> None:
+        """Drops what is cached of each beyond so many tokens."""
+        for sequence in sequences:
+            sequence.forget(keep_len, self.pool, self.runner.batch.page_size)
+
+
+def _copy_pages(layer: LayerPages, source: list[int], target: list[int]) -> None:
+    for part in (layer.keys, layer.values, layer.key_scales, layer.value_scales):
+        if part is not None:
+            pages = part.numpy()
+            pages[target] = pages[source]
+
+
+def _rows(llm: LLM, plan: ModelBench, depth: int, ceilings: dict[int, Ceiling]) -> Iterator[BatchRow]:
+    chance, together, largest = np.random.default_rng(), Together(llm), max(ceilings)
+    one = together.filled(random_ids(llm, depth, chance))
+    sequences = [one, *(together.copied(one) for _ in range(largest - 1))]
+
+    def tokens_per_s(batch: int) -> float:
+        chosen, first = sequences[:batch], random_ids(llm, batch, chance)
+        started = perf_counter()
+        together.decode(chosen, first, plan.new_tokens)
+        seconds = perf_counter() - started
+        together.forget(chosen, depth)
+        return batch * plan.new_tokens / seconds
+
+    samplers = {str(batch): lambda batch=batch: tokens_per_s(batch) for batch in ceilings}
+    alternate(samplers, 1)  # warms up
+    samples = alternate(samplers, plan.repeat)
+    together.forget(sequences, 0)
+    speeds = {batch: Spread.of(samples[str(batch)]) for batch in ceilings}
+    for batch, ceiling in ceilings.items():
+        yield BatchRow(batch, depth, plan.new_tokens, ceiling, speeds[batch], speeds[1].median)
