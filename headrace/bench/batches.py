@@ -152,12 +152,10 @@ def check_batches(llm: LLM, batches: Sequence[int]) -> bool:
     """Whether sequences answer in batches of these sizes as they do alone. HeadraceError where they must and do not."""
     chance = np.random.default_rng(1)
     prompts = [random_ids(llm, 1 + i % _CHECK_LEN, chance) for i in range(max(batches))]
-    alone = [llm.generate(prompt, greedy(_CHECK_LEN)).token_ids for prompt in prompts]
     together = Together(llm)
+    alone = [together.answers([prompt], _CHECK_LEN)[0] for prompt in prompts]
     for batch in batches:
-        sequences = [together.filled(prompt[:-1]) for prompt in prompts[:batch]]
-        answers = together.decode(sequences, [prompt[-1] for prompt in prompts[:batch]], _CHECK_LEN)
-        together.forget(sequences, 0)
+        answers = together.answers(prompts[:batch], _CHECK_LEN)
         if answers != alone[:batch]:
             if varying_parts(llm):
                 return False
@@ -197,6 +195,13 @@ class Together:
             tokens = sample(logits, params, seeds=zeros, steps=zeros).tolist()
             answers.append(tokens)
         return [list(answer) for answer in zip(*answers, strict=True)]
+
+    def answers(self, prompts: Sequence[list[int]], steps: int) -> list[list[int]]:
+        """Each prompt's greedy tokens, decoded together; nothing stays cached."""
+        sequences = [self.filled(prompt[:-1]) for prompt in prompts]
+        answers = self.decode(sequences, [prompt[-1] for prompt in prompts], steps)
+        self.forget(sequences, 0)
+        return answers
 
     def forget(self, sequences: Sequence[CachedSequence], keep_len: int) -> None:
         """Drops what is cached of each beyond so many tokens."""

@@ -12,7 +12,7 @@ import pytest
 from headrace import LLM, cli
 from headrace.bench import batches
 from headrace.bench.batches import Together, bench_batches, check_batches, varying_parts
-from headrace.bench.model import ModelBench
+from headrace.bench.model import ModelBench, greedy
 from headrace.bench.step import explain_model
 from headrace.check.fakes import TinyModel, write_tiny_model
 from headrace.errors import HeadraceError, UnsupportedError
@@ -71,6 +71,14 @@ def test_a_copy_goes_on_as_the_original(path: Path, kv_dtype: str) -> None:
     assert together.decode([copies[1]], [5], 4) == Together(alone).decode(
         [Together(alone).filled([*range(70)])], [5], 4
     )
+
+
+def test_together_answers_are_those_of_generate(path: Path) -> None:
+    with cpu.limit_isa("avx2"):
+        llm = load(path)
+    prompts = [[7], [1, 2, 3], list(range(40))]
+    expected = [llm.generate(prompt, greedy(6)).token_ids for prompt in prompts]
+    assert Together(llm).answers(prompts, 6) == expected
 
 
 def test_no_speed_for_a_batch_that_answers_otherwise(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
