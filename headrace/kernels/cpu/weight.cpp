@@ -50,8 +50,19 @@ void nibbles_32(const uint8_t* qs, uint8_t* codes) {
   }
 }
 
+// Bit i of the byte as byte i: 0 or 1.
+uint64_t spread_bits(uint8_t bits) {
+  uint64_t one_each = (bits * uint64_t{0x0101010101010101}) & 0x8040201008040201;
+  return ((one_each + 0x7f7f7f7f7f7f7f7f) >> 7) & 0x0101010101010101;
+}
+
 void fifth_bits_32(const uint8_t* qh, uint8_t* codes) {
-  for (int i = 0; i < 32; ++i) codes[i] |= static_cast<uint8_t>(((qh[i / 8] >> (i % 8)) & 1) << 4);
+  for (int i = 0; i < 4; ++i) {
+    uint64_t eight;
+    memcpy(&eight, codes + 8 * i, 8);
+    eight |= spread_bits(qh[i]) << 4;
+    memcpy(codes + 8 * i, &eight, 8);
+  }
 }
 
 // Six-bit scales and mins of Q4_K and Q5_K: four whole in the low bits, four split over two bytes.
@@ -62,8 +73,11 @@ void six_bit_pairs(const uint8_t* s, Group& g) {
   }
 }
 
+// The loops over 32 bytes below are whole vectors to a compiler: a start waits for them.
 void two_bits_256(const uint8_t* qs, uint8_t* codes) {
-  for (int e = 0; e < 256; ++e) codes[e] = (qs[(e / 128) * 32 + e % 32] >> (2 * ((e / 32) % 4))) & 3;
+  for (int n = 0; n < 2; ++n)
+    for (int part = 0; part < 4; ++part)
+      for (int l = 0; l < 32; ++l) codes[128 * n + 32 * part + l] = (qs[32 * n + l] >> (2 * part)) & 3;
 }
 
 void read_q2_k(const uint8_t* b, Group& g) {
@@ -78,7 +92,8 @@ void read_q2_k(const uint8_t* b, Group& g) {
 
 void read_q3_k(const uint8_t* b, Group& g) {
   two_bits_256(b + 32, g.codes);
-  for (int e = 0; e < 256; ++e) g.codes[e] |= static_cast<uint8_t>(((b[e % 32] >> (e / 32)) & 1) << 2);
+  for (int part = 0; part < 8; ++part)
+    for (int l = 0; l < 32; ++l) g.codes[32 * part + l] |= static_cast<uint8_t>(((b[l] >> part) & 1) << 2);
   const uint8_t* s = b + 96;
   for (int i = 0; i < 16; ++i) {
     int low = i < 8 ? s[i] & 15 : s[i - 8] >> 4;
@@ -93,21 +108,24 @@ void read_q45_k(const uint8_t* b, Group& g, bool five) {
   g.min = half_at(b + 2);
   six_bit_pairs(b + 4, g);
   const uint8_t *qh = b + 16, *qs = b + (five ? 48 : 16);
-  for (int e = 0; e < 256; ++e) {
-    int half = (e / 32) % 2;
-    g.codes[e] = (qs[(e / 64) * 32 + e % 32] >> (4 * half)) & 15;
-    if (five) g.codes[e] |= static_cast<uint8_t>(((qh[e % 32] >> (e / 32)) & 1) << 4);
+  for (int part = 0; part < 8; ++part) {
+    const uint8_t* nibbles = qs + part / 2 * 32;
+    uint8_t* codes = g.codes + 32 * part;
+    for (int l = 0; l < 32; ++l) codes[l] = (nibbles[l] >> (4 * (part % 2))) & 15;
+    if (!five) continue;
+    for (int l = 0; l < 32; ++l) codes[l] |= static_cast<uint8_t>(((qh[l] >> part) & 1) << 4);
   }
 }
 
 void read_q6_k(const uint8_t* b, Group& g) {
   const uint8_t *ql = b, *qh = b + 128;
-  for (int e = 0; e < 256; ++e) {
-    int n = e / 128, part = (e / 32) % 4, l = e % 32;
-    int low = (ql[n * 64 + (part % 2) * 32 + l] >> (part / 2 * 4)) & 15;
-    int high = (qh[n * 32 + l] >> (2 * part)) & 3;
-    g.codes[e] = static_cast<uint8_t>(low | (high << 4));
-  }
+  for (int n = 0; n < 2; ++n)
+    for (int part = 0; part < 4; ++part) {
+      const uint8_t *lows = ql + 64 * n + part % 2 * 32, *highs = qh + 32 * n;
+      uint8_t* codes = g.codes + 128 * n + 32 * part;
+      for (int l = 0; l < 32; ++l)
+        codes[l] = static_cast<uint8_t>(((lows[l] >> (part / 2 * 4)) & 15) | ((highs[l] >> (2 * part)) & 3) << 4);
+    }
   for (int i = 0; i < 16; ++i) g.sub[i] = static_cast<int8_t>(b[192 + i]);
   g.scale = half_at(b + 208);
 }
@@ -291,8 +309,11 @@ inline int64_t float_offset(WeightFormat format, int r, int64_t c) {
 // A panel of floats, whose bytes only change places.
 template <class T>
 void pack_floats_of(WeightFormat format, const uint8_t* raw, int rows, int64_t cols, uint8_t* out) {
-  for (int64_t c = 0; c < cols; ++c)
-    for (int r = 0; r < rows; ++r) memcpy(out + float_offset(format, r, c), raw + (r * cols + c) * sizeof(T), sizeof(T));
+  constexpr int64_t kLine = 64 / sizeof(T);  // rows are often a power of two apart: a cache line stays for one visit only
+  for (int64_t first = 0; first < cols; first += kLine)
+    for (int r = 0; r < rows; ++r)
+      for (int64_t c = first; c < std::min(cols, first + kLine); ++c)
+        memcpy(out + float_offset(format, r, c), raw + (r * cols + c) * static_cast<int64_t>(sizeof(T)), sizeof(T));
 }
 
 void pack_floats(WeightFormat format, const uint8_t* raw, int rows, int64_t cols, uint8_t* out) {
