@@ -25,7 +25,7 @@ INSTALL := install --no-build-isolation --editable
 # What the sanitizers look at: everything that hands arrays or files to native code. Of attention's thousands of cases
 # only the fuzz, which draws more shapes than they name.
 SANITIZED := tests/kernels tests/ops tests/engine \
-             tests/weights/test_gguf.py tests/weights/test_gguf_writer.py tests/weights/test_quantize.py
+             tests/weights/test_gguf.py tests/weights/test_gguf_writer.py tests/weights/test_load.py tests/weights/test_quantize.py
 
 .PHONY: help run test quick check map bench sanitize clean
 

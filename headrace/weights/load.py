@@ -49,7 +49,6 @@ class Loader:
 
     def matrix(self, name: str, rows: int, cols: int) -> PackedWeight:
         info = self.info(name, (rows, cols))
-        self._read_ahead(info)
         packed = native.pack_file(self.pool, self.arena, info.format, (rows, cols), self.descriptor, info.offset)
         self._count(info)
         return packed
@@ -65,11 +64,6 @@ class Loader:
 
     def optional_vector(self, name: str, length: int) -> np.ndarray | None:
         return self.vector(name, length) if name in self.file.tensors else None
-
-    def _read_ahead(self, info: TensorInfo) -> None:
-        # The system starts on this tensor and the next while the threads pack the first of it.
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor, info.offset, 2 * info.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def _count(self, info: TensorInfo) -> None:
         self.done_bytes += info.num_bytes
@@ -91,6 +85,8 @@ def load_weights(
     """All weights of the model, packed. Raises ModelFileError for a tensor that is missing or of another shape."""
     _check_layer_count(file, config)
     with file.reading() as descriptor:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return _load(Loader(file, descriptor, pool, _room_for(file), progress), config)
 
 
