@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +86,7 @@ def load_weights(
     """All weights of the model, packed. Raises ModelFileError for a tensor that is missing or of another shape."""
     _check_layer_count(file, config)
     with file.reading() as descriptor:
-        if hasattr(os, "posix_fadvise"):
+        with suppress(OSError, AttributeError):  # advice: not every system and file system takes it
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         return _load(Loader(file, descriptor, pool, _room_for(file), progress), config)
 
