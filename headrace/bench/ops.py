@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from headrace.bench import calibrate as calibration
@@ -17,7 +17,7 @@ from headrace.bench import regret as regrets
 from headrace.bench.op_cases import CASES, SpeedCase, Work, build, check
 from headrace.bench.op_peers import torch_calls
 from headrace.bench.report import document, table
-from headrace.bench.roofline import measured_machine
+from headrace.bench.roofline import Ceiling, measured_machine
 from headrace.bench.subjects import subjects
 from headrace.bench.timing import Spread, alternate, call_seconds
 from headrace.errors import ArgumentError
@@ -48,24 +48,6 @@ class OpsBench:
             )
         if self.calibrate and self.regret:
             raise ArgumentError("--regret: expected without --calibrate, got both", "first calibrate, then regret")
-
-
-@dataclass(frozen=True)
-class Ceiling:
-    """The least time of a case at the measured roofs."""
-
-    num_bytes: int
-    flops: int
-    memory_s: float
-    compute_s: float
-
-    @property
-    def seconds(self) -> float:
-        return max(self.memory_s, self.compute_s)
-
-    @property
-    def bound(self) -> str:
-        return "memory" if self.memory_s >= self.compute_s else "compute"
 
 
 def bench_ops(plan: OpsBench, *, json_only: bool, progress: ProgressLine) -> dict[str, Any]:
@@ -120,7 +102,7 @@ def ceiling_of(case: SpeedCase, threads: int) -> Ceiling:
     machine = measured_machine(case.num_bytes, threads)
     read, product = machine.roof_for(case.num_bytes, threads), machine.product_roof(case.unit, threads)
     assert read and product, "the machine was measured"
-    return Ceiling(case.num_bytes, case.flops, case.num_bytes / read, case.flops / product)
+    return Ceiling(1, case.num_bytes, case.flops, case.num_bytes / read, case.flops / product)
 
 
 def heading(case: SpeedCase, ceiling: Ceiling, work: Work) -> str:
@@ -188,9 +170,10 @@ def case_data(case: SpeedCase, ceiling: Ceiling, work: Work, spreads: dict[str, 
         }
         for name, spread in spreads.items()
     }
+    least = {name: getattr(ceiling, name) for name in ("num_bytes", "flops", "memory_s", "compute_s")}
     told = work.explain().chosen
     explained = {"kernel": told.kernel, "predicted_s": told.predicted_s} if told else {}
-    return {"case": case.name, "what": str(case), **asdict(ceiling), "bound": ceiling.bound, **explained, "by": times}
+    return {"case": case.name, "what": str(case), **least, "bound": ceiling.bound, **explained, "by": times}
 
 
 # Calibration and regret

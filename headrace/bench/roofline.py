@@ -30,7 +30,7 @@ class ModelWork:
 
 @dataclass(frozen=True)
 class Ceiling:
-    """The least time for some tokens, and what it is made of."""
+    """The least time for some tokens, or for one call, and what it is made of."""
 
     tokens: int
     num_bytes: float

@@ -111,7 +111,7 @@ def test_torch_computes_the_same(case: SpeedCase, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_line_says_how_much_of_the_roof_and_how_many_times(own_cache: None) -> None:
-    ceiling = ops.Ceiling(2_000_000, 1_000_000, 1e-3, 0.5e-3)
+    ceiling = ops.Ceiling(1, 2_000_000, 1_000_000, 1e-3, 0.5e-3)
     ours, theirs = Spread(2e-3, 1e-3, 3e-3, 7), Spread(8e-3, 8e-3, 8e-3, 7)
     assert ceiling.bound == "memory" and ceiling.seconds == 1e-3
     assert ops.row("headrace", ours, ours, ceiling)[1:] == ["2.000 (1.000-3.000, 7)", "1.0", "0.5", "50.0%", ""]
