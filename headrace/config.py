@@ -61,10 +61,11 @@ class EngineConfig:
     page_size: int = 64
     kv_dtype: str = "float16"
     chunk_len: int = 512  # tokens of a prompt computed in one step
-    max_requests: int = 1  # in one step, each with a context of its own
+    max_requests: int = 16  # in one step
+    kv_cache_bytes: int | None = None  # None: a context for each request, but at most half of the machine's memory
 
     def __post_init__(self) -> None:
-        _positive(self, "threads", "context_len", "page_size", "chunk_len", "max_requests")
+        _positive(self, "threads", "context_len", "page_size", "chunk_len", "max_requests", "kv_cache_bytes")
         if self.kv_dtype not in KV_DTYPES:
             expected = f"{', '.join(KV_DTYPES[:-1])} or {KV_DTYPES[-1]}"
             raise ArgumentError(f"kv_dtype: expected {expected}, got {self.kv_dtype!r}", "names in full, as NumPy's")

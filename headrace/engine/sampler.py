@@ -1,8 +1,8 @@
-"""Draws a request's next token: its parameters, its own random stream, the tokens it has seen."""
+"""Draws next tokens: for each row of logits its request's parameters, its random stream, the tokens it has seen."""
 
 from __future__ import annotations
 
-import secrets
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,23 +10,17 @@ from headrace.engine.request import Request
 from headrace.ops.sampling import sample
 
 
-class Sampler:
-    """One request's draws. The n-th draw depends on the seed, n and the logits alone."""
+def draw(logits: np.ndarray, requests: Sequence[Request]) -> list[int]:
+    """The next token of each request, from its row of logits [requests, vocab].
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
-        seed = request.params.seed
-        self.seed = secrets.randbits(63) if seed is None else seed
-
-    def sample(self, logits: np.ndarray) -> int:
-        """The next token for the last row of logits [rows, vocab]."""
-        request = self.request
-        ids = sample(
-            logits[-1:],
-            [request.params],
-            seeds=[self.seed],
-            steps=[len(request.token_ids)],
-            prompt_ids=[request.prompt_ids],
-            answer_ids=[request.token_ids],
-        )
-        return int(ids[0])
+    The n-th draw of a request depends on its seed, n and the row alone, whoever else is drawn for.
+    """
+    tokens = sample(
+        logits,
+        [request.params for request in requests],
+        seeds=[request.seed for request in requests],
+        steps=[len(request.token_ids) for request in requests],
+        prompt_ids=[request.prompt_ids for request in requests],
+        answer_ids=[request.token_ids for request in requests],
+    )
+    return tokens.tolist()

@@ -50,10 +50,15 @@ class Storage:
     layers: tuple[LayerPages, ...]
     page_size: int
     dtype: str
+    pages: np.ndarray  # uint8 [pages, layers, bytes]: what the layers' arrays are views of
 
     @property
     def num_pages(self) -> int:
-        return self.layers[0].keys.shape[0]
+        return len(self.pages)
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Gives one page the keys and values of another, in every layer."""
+        self.pages[target] = self.pages[source]
 
 
 def allocate(config: ModelConfig, *, num_pages: int, page_size: int, dtype: str = "float16") -> Storage:
@@ -69,7 +74,7 @@ def allocate(config: ModelConfig, *, num_pages: int, page_size: int, dtype: str 
     def layer(i: int) -> LayerPages:
         return LayerPages(*(_view(block[:, i, first:], *part) for first, part in zip(ends, parts, strict=False)))
 
-    return Storage(tuple(layer(i) for i in range(config.num_layers)), page_size, dtype)
+    return Storage(tuple(layer(i) for i in range(config.num_layers)), page_size, dtype, block)
 
 
 def bytes_per_token(config: ModelConfig, dtype: str = "float16") -> int:

@@ -1,0 +1,206 @@
+"""The scheduler: which requests get how many tokens in the next step, and whose pages hold them. Integers only.
+
+There is no prefill and no decode, only requests with tokens still to compute: one while it answers, many before. Those
+that answer get their token in every step; what is left of the step goes to prompts, the oldest first, in pieces. A
+request is admitted when the cache has room for its text. When answers outgrow the cache, the newest request gives its
+pages up and waits in front of the others; what it had computed stays in the prefix cache as long as nobody needs the
+pages, and is computed again otherwise. So the oldest request always gets on, and every request ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from headrace.engine.request import Request
+from headrace.errors import CapacityError
+from headrace.kv_cache.pages import PagePool, pages_needed
+from headrace.kv_cache.prefix import Node, PrefixCache
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a request gets in a step: its next `count` tokens. `draws`: the last of them gives its next one."""
+
+    request: Request
+    count: int
+    draws: bool
+
+
+class Scheduler:
+    """Requests that wait and requests that run, the oldest first, over the pages of one cache.
+
+    step_tokens, step_requests: what a step has room for. copy_page(source, target): copies a page's keys and values.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        prefixes: PrefixCache,
+        copy_page: Callable[[int, int], None],
+        *,
+        page_size: int,
+        step_tokens: int,
+        step_requests: int,
+    ) -> None:
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []
+        self.num_preemptions = 0
+        self._pool, self._prefixes, self._copy_page = pool, prefixes, copy_page
+        self._page_size, self._step_tokens, self._step_requests = page_size, step_tokens, step_requests
+        self._promised = 0  # pages that parts of the step being planned will take
+
+    def add(self, request: Request) -> None:
+        """Queues a request. CapacityError when the whole cache could not hold its prompt and a token more."""
+        needed = pages_needed(len(request.prompt_ids) + 1, self._page_size)
+        if needed > self._pool.num_pages:
+            raise CapacityError(
+                f"prompt: {len(request.prompt_ids)} tokens need {needed} pages of {self._page_size} tokens, "
+                f"the cache has {self._pool.num_pages}",
+                "a shorter prompt, or more memory for the cache",
+            )
+        self.waiting.append(request)
+
+    def remove(self, request: Request) -> None:
+        """Takes a request out, wherever it is; what it computed stays findable, and its copies go with it."""
+        for copy in request.copies:
+            self.remove(copy)
+        if request in self.running:
+            self.running.remove(request)
+            self._release(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+
+    def plan(self, prompt_tokens: int) -> list[Part]:
+        """The next step. While requests answer, prompts get at most `prompt_tokens` of it."""
+        self._promised = 0
+        answering = sum(request.pending_len == 1 for request in self.running)
+        budget = self._step_tokens - answering
+        if answering:
+            budget = min(budget, prompt_tokens)
+        parts = list[Part]()
+        for request in list(self.running):
+            count = 1 if request.pending_len == 1 else min(request.pending_len, budget)
+            if count and request in self.running and self._make_room(request, count):
+                budget -= count if request.pending_len > 1 else 0
+                parts.append(_part(request, count))
+        while budget > 0 and self.waiting and len(self.running) < self._step_requests:
+            if not self._admit(self.waiting[0]):
+                break
+            request = self.waiting.popleft()
+            self.running.append(request)
+            count = min(request.pending_len, budget)
+            assert self._make_room(request, count), "admitted without room"
+            budget -= count
+            parts.append(_part(request, count))
+        return parts
+
+    def commit(self, parts: Sequence[Part], tokens: Sequence[int]) -> None:
+        """What a step came to: its parts are computed, and `tokens` were drawn for those that draw, in order."""
+        drawn = iter(tokens)
+        for part in parts:
+            request = part.request
+            self._publish(request)
+            if part.draws:
+                request.commit(next(drawn))
+                self._start_copies(request)
+            if request.finish_reason:
+                self.running.remove(request)
+                self._release(request)
+
+    def preempt_all(self) -> None:
+        """Every running request gives its pages up and waits."""
+        while self.running:
+            self._preempt()
+
+    def make_room(self, num_pages: int) -> bool:
+        """Whether so many pages are free, or have been made so at the expense of the prefix cache."""
+        short = num_pages - self._pool.num_free
+        return short <= 0 or self._prefixes.evict(short) == short
+
+    def _make_room(self, request: Request, count: int) -> bool:
+        """Pages for the request's next tokens, if need be at the expense of newer ones. False: it was the newest."""
+        missing = self._missing(request, count)
+        while not self.make_room(self._promised + missing):
+            if self._preempt() is request:
+                return False
+        self._promised += missing
+        return True
+
+    def _preempt(self) -> Request:
+        request = self.running.pop()
+        self._release(request)
+        request.num_preemptions += 1
+        self.num_preemptions += 1
+        self.waiting.appendleft(request)
+        return request
+
+    def _admit(self, request: Request) -> bool:
+        """Gives the request the pages that hold its beginning, if there is room for all of its text."""
+        match = self._prefixes.match(request.ids[:-1])
+        pages = [node.page for node in match.nodes]
+        self._pool.share(pages)
+        needed = pages_needed(len(request.ids) + 1, self._page_size) - len(pages)
+        if self._promised + needed > self._pool.num_free + self._prefixes.num_evictable:
+            self._pool.free(pages)
+            return False
+        sequence = request.sequence
+        sequence.pages, sequence.ids = pages, request.ids[: len(pages) * self._page_size]
+        request.nodes = match.nodes
+        if match.tail is not None:
+            self._copy_tail(request, match.tail, match.tail_len)
+        if not request.token_ids and not request.num_preemptions:
+            request.reused_len = len(sequence.ids)
+        return True
+
+    def _copy_tail(self, request: Request, tail: int, tail_len: int) -> None:
+        self._pool.share([tail])  # not to be evicted for its own copy
+        if self.make_room(self._promised + 1):
+            request.sequence.pages += self._pool.allocate(1)
+            self._copy_page(tail, request.sequence.pages[-1])
+            first = len(request.sequence.ids)
+            request.sequence.ids += request.ids[first : first + tail_len]
+        self._pool.free([tail])
+
+    def _missing(self, request: Request, count: int) -> int:
+        sequence = request.sequence
+        return max(0, pages_needed(len(sequence.ids) + count, self._page_size) - len(sequence.pages))
+
+    def _publish(self, request: Request) -> None:
+        """The pages it has filled, for others to find. One that is there already is used instead of its own."""
+        sequence, size = request.sequence, self._page_size
+        for i in range(len(request.nodes), len(sequence.ids) // size):
+            node = self._insert(request, i * size, (i + 1) * size)
+            request.nodes.append(node)
+            if node.page != sequence.pages[i]:
+                self._pool.share([node.page])
+                self._pool.free([sequence.pages[i]])
+                sequence.pages[i] = node.page
+
+    def _publish_end(self, request: Request) -> None:
+        """The tokens on its last page, for others to copy."""
+        first, end = len(request.nodes) * self._page_size, len(request.sequence.ids)
+        if end > first:
+            self._insert(request, first, end)
+
+    def _insert(self, request: Request, first: int, end: int) -> Node:
+        """The node of these of its tokens, which lie on one page."""
+        sequence, parent = request.sequence, request.nodes[-1] if request.nodes else None
+        return self._prefixes.insert(sequence.ids[first:end], sequence.pages[first // self._page_size], parent)
+
+    def _release(self, request: Request) -> None:
+        self._publish(request)
+        self._publish_end(request)
+        request.sequence.forget(0, self._pool, self._page_size)
+        request.nodes = []
+
+    def _start_copies(self, request: Request) -> None:
+        if request.copies:
+            self._publish_end(request)
+            self.waiting.extendleft(reversed(request.copies))
+            request.copies = []
+
+
+def _part(request: Request, count: int) -> Part:
+    return Part(request, count, count == request.pending_len)
