@@ -3,11 +3,10 @@
 A program knows its ops by name and order; a decoder's order is the same in every layer:
 
     embedding, rope_table
-    per layer:  rms_norm, linear (qkv), append_pages, paged_attention, linear (output),
-                rms_norm, linear_gated (gate and up), linear (down)
-    select_rows, rms_norm, linear (head)
+    per layer:  linear (qkv), append_pages, paged_attention, linear (output), linear_gated (gate and up), linear (down)
+    select_rows, linear (head)
 
-So the products tell where in the model an op is: the layer's four, in this order, and after the last layer the head.
+The norms are part of qkv, of gate and up, and of the head. So the products tell where in the model an op is: the layer's four, in this order, and after the last layer the head.
 Every other op goes by its name alone. An op that is not known here is a part of its own, with no work to its name.
 """
 
@@ -21,7 +20,7 @@ import numpy as np
 
 from headrace.config import ModelConfig
 from headrace.errors import HeadraceError
-from headrace.ops import linear, norm, page_append
+from headrace.ops import linear, page_append
 from headrace.ops.call_request import requests_of
 from headrace.ops.formats import get_format
 from headrace.ops.kv_formats import FORMATS, KVFormat
@@ -35,7 +34,6 @@ HEAD = "head"
 ROLES = {
     "embedding": "embedding",
     "rope_table": "rope table",
-    "rms_norm": "norms",
     "append_pages": "append",
     "paged_attention": "attention",
     "select_rows": "rows for the head",
@@ -149,8 +147,6 @@ def _other_traffic(name: str, rows: int, model: StepModel, size: StepSize) -> Tr
         return Traffic(rows * (get_format(format_name).row_bytes(dim) + 4 * dim), 0)
     if name == "rope_table":
         return Traffic(4 * rows * config.rope.rotary_dim, 0)
-    if name == "rms_norm":
-        return norm.request((rows, config.dim)).traffic
     if name == "select_rows":
         return Traffic(8 * rows * config.dim, 0)
     if name == "append_pages":

@@ -13,7 +13,6 @@ from headrace.kv_cache.storage import LayerPages
 from headrace.models.layers import ModelWeights, StepInputs, attention, feed_forward
 from headrace.ops.embedding import embedding, select_rows
 from headrace.ops.linear import linear
-from headrace.ops.norm import rms_norm
 from headrace.ops.rope import inverse_frequencies, magnitude, rope_table
 
 
@@ -25,4 +24,4 @@ def logits(step: StepInputs, weights: ModelWeights, pages: Sequence[LayerPages],
     for layer, layer_pages in zip(weights.layers, pages, strict=True):
         x = attention(x, layer.attention, layer_pages, rope=rope, step=step, config=config)
         x = feed_forward(x, layer.feed_forward, config)
-    return linear(rms_norm(select_rows(x, step.output_rows), weights.norm, eps=config.norm_eps), weights.head)
+    return linear(select_rows(x, step.output_rows), weights.head, norm=weights.norm, eps=config.norm_eps)

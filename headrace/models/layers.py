@@ -14,7 +14,6 @@ from headrace.kernels.cpu.arrays import Buffer
 from headrace.kv_cache.storage import LayerPages
 from headrace.ops.attention_paged import paged_attention
 from headrace.ops.linear import PackedWeight, linear, linear_gated, linear_many
-from headrace.ops.norm import rms_norm
 from headrace.ops.page_append import append_pages
 
 
@@ -80,8 +79,8 @@ def attention(
     x: Buffer, weights: AttentionWeights, pages: LayerPages, *, rope: Buffer, step: StepInputs, config: ModelConfig
 ) -> Buffer:
     """x + output(attention(norm(x))), with this step's keys and values appended to the pages."""
-    h = rms_norm(x, weights.norm, eps=config.norm_eps)
-    query, key, value = linear_many(h, [weights.query, weights.key, weights.value], biases=weights.biases)
+    matrices = [weights.query, weights.key, weights.value]
+    query, key, value = linear_many(x, matrices, biases=weights.biases, norm=weights.norm, eps=config.norm_eps)
     query = append_pages(
         key.view(config.num_kv_heads, config.head_dim),
         value.view(config.num_kv_heads, config.value_head_dim),
@@ -122,6 +121,5 @@ def feed_forward(x: Buffer, weights: FeedForwardWeights, config: ModelConfig) ->
 
     Gate and up are half of a prefill's arithmetic and lose least by int8; what enters down has the outliers that do.
     """
-    h = rms_norm(x, weights.norm, eps=config.norm_eps)
-    gated = linear_gated(h, weights.gate, weights.up, precision="fast")
+    gated = linear_gated(x, weights.gate, weights.up, norm=weights.norm, eps=config.norm_eps, precision="fast")
     return linear(gated, weights.down, residual=x)

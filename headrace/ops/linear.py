@@ -2,6 +2,7 @@
 
     y[t, r] = sum_c x[t, c] * w[r, c]  (+ bias[r])  (+ residual[t, r])
     linear_gated:  y[t, r] = silu(sum_c x[t, c] * gate[r, c]) * sum_c x[t, c] * up[r, c]
+    with norm:  x[t] = rms_norm(x[t], norm, eps) first, which then is no pass of its own
 
 Weights are packed once (`pack`) into panels that every instruction set reads; formats are those of ops/formats.py.
 precision "fast": quantized weights meet activations in int8, 32 to a scale, as their own format would hold them;
@@ -22,6 +23,7 @@ from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import dtype_name, shape_of
 from headrace.kernels.cpu.linear import PackedWeight
 from headrace.ops.formats import FORMATS, dequantize
+from headrace.ops.norm import check_norm
 from headrace.ops.select import Kernel, Request, Traffic, choose
 
 PRECISIONS = {"fast": 0, "auto": 1, "exact": 2}  # as the native side counts them
@@ -47,6 +49,8 @@ def linear(
     *,
     bias: Any = None,
     residual: Any = None,
+    norm: Any = None,
+    eps: float = 1e-6,
     out: Any = None,
     precision: str = "auto",
     kernel: str | None = None,
@@ -54,30 +58,45 @@ def linear(
     """x times the transposed weight, plus bias and residual where given.
 
     x: [tokens, cols] float32, float16 or bfloat16; bias: [rows] float32; residual: [tokens, rows] float32;
-    out: [tokens, rows], float32 unless given. Raises ArgumentError for what does not fit, KernelError for a kernel
-    asked for by name that cannot run.
+    norm: [cols] float32, the weight of an rms_norm of x; out: [tokens, rows], float32 unless given. Raises ArgumentError
+    for what does not fit, KernelError for a kernel asked for by name that cannot run.
     """
     outs = None if out is None else [out]
-    chosen = choose(kernels(), _checked(x, [weight], precision), kernel)
-    return chosen.run(x, [weight], [bias], residual, outs, PRECISIONS[precision])[0]
+    chosen = choose(kernels(), _checked(x, [weight], precision, norm, eps), kernel)
+    return chosen.run(x, [weight], [bias], residual, outs, PRECISIONS[precision], norm, float(eps))[0]
 
 
 def linear_many(
-    x: Any, weights: Sequence[PackedWeight], *, biases: Sequence[Any] | None = None, precision: str = "auto"
+    x: Any,
+    weights: Sequence[PackedWeight],
+    *,
+    biases: Sequence[Any] | None = None,
+    norm: Any = None,
+    eps: float = 1e-6,
+    precision: str = "auto",
 ) -> list[Any]:
     """One product per weight, all of the same x: what x needs (int8) is made once, and the work is shared out once."""
-    chosen = choose(kernels(), _checked(x, weights, precision))
-    return chosen.run(x, weights, biases or [None] * len(weights), None, None, PRECISIONS[precision])
+    chosen = choose(kernels(), _checked(x, weights, precision, norm, eps))
+    biases = biases or [None] * len(weights)
+    return chosen.run(x, weights, biases, None, None, PRECISIONS[precision], norm, float(eps))
 
 
 def linear_gated(
-    x: Any, gate: PackedWeight, up: PackedWeight, *, out: Any = None, precision: str = "auto", kernel: str | None = None
+    x: Any,
+    gate: PackedWeight,
+    up: PackedWeight,
+    *,
+    norm: Any = None,
+    eps: float = 1e-6,
+    out: Any = None,
+    precision: str = "auto",
+    kernel: str | None = None,
 ) -> Any:
     """silu(x gate^T) * (x up^T), the two products side by side and never stored."""
     if gate.shape != up.shape:
         raise ArgumentError(f"up: expected the shape of gate {list(gate.shape)}, got {list(up.shape)}")
-    chosen = choose(gated_kernels(), _checked(x, [gate, up], precision), kernel)
-    return chosen.run(x, gate, up, out, PRECISIONS[precision])
+    chosen = choose(gated_kernels(), _checked(x, [gate, up], precision, norm, eps), kernel)
+    return chosen.run(x, gate, up, out, PRECISIONS[precision], norm, float(eps))
 
 
 def reference(x: np.ndarray, raw: np.ndarray, format_name: str) -> np.ndarray:
@@ -112,7 +131,7 @@ def _format_bytes(name: str, rows: int, cols: int) -> int:
     return rows * math.ceil(cols / FORMATS[name].block_len) * FORMATS[name].block_bytes
 
 
-def _checked(x: Any, weights: Sequence[PackedWeight], precision: str) -> Request:
+def _checked(x: Any, weights: Sequence[PackedWeight], precision: str, norm: Any, eps: float) -> Request:
     shape = shape_of(x, "x")
     if precision not in PRECISIONS:
         raise ArgumentError(f"precision: expected one of {', '.join(PRECISIONS)}, got {precision!r}")
@@ -123,6 +142,8 @@ def _checked(x: Any, weights: Sequence[PackedWeight], precision: str) -> Request
         raise ArgumentError(f"x: expected [tokens, {cols}], got {list(shape)}", f"x.reshape(-1, {cols})")
     if dtype_name(x) not in DTYPES:
         raise ArgumentError(f"x: expected a dtype among {', '.join(DTYPES)}, got {dtype_name(x)}")
+    if norm is not None:
+        check_norm(shape, shape_of(norm, "norm"), eps, name="norm")
     return request(shape[0], [(weight.format, *weight.shape) for weight in weights], dtype_name(x), precision)
 
 

@@ -54,11 +54,16 @@ def _check(asked: Request, weight_shape: tuple[int, ...], eps: float) -> None:
     shape = asked.shapes["x"]
     if len(shape) != 2 or shape[1] < 1:
         raise ArgumentError(f"x: expected [tokens, dim] with dim >= 1, got {list(shape)}", "x.reshape(-1, dim)")
-    if weight_shape != shape[1:]:
-        raise ArgumentError(f"weight: expected [{shape[1]}], got {list(weight_shape)}")
     for name, dtype in asked.dtypes.items():
         if dtype not in DTYPES:
             raise ArgumentError(f"{name}: expected a dtype among {', '.join(DTYPES)}, got {dtype}")
+    check_norm(shape, weight_shape, eps)
+
+
+def check_norm(shape: tuple[int, ...], weight_shape: tuple[int, ...], eps: float, name: str = "weight") -> None:
+    """ArgumentError for a weight or an eps that no norm of x [tokens, dim] has."""
+    if weight_shape != shape[1:]:
+        raise ArgumentError(f"{name}: expected [{shape[1]}], got {list(weight_shape)}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ArgumentError(f"eps: expected a finite number >= 0, got {eps}")
 

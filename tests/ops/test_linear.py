@@ -13,6 +13,8 @@ from headrace.kernels.cpu import linear as linear_cpu
 from headrace.machine import this_machine
 from headrace.ops import linear as op
 from headrace.ops.formats import FORMATS, dequantize
+from headrace.ops.norm import reference as norm_reference
+from headrace.ops.norm import rms_norm
 from headrace.ops.select import choose
 
 X = np.ones((1, 32), np.float32)
@@ -91,6 +93,39 @@ def test_gated_is_within_budget(kernel, name):
     assert_within_budget(out, exact, low, "float32")
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 5, 19])  # each thread its own rows, or all of them once
+@pytest.mark.parametrize("dtype", op.DTYPES)
+@pytest.mark.parametrize("name", ["F32", "F16", "Q4_1", "Q6_K"])
+def test_a_norm_first_is_the_norm_before(name, dtype, tokens):
+    (_, first, cols), (_, second, _) = (matrix(name, cases.LinearCase("normed", 1, 40, 256), seed) for seed in (2, 3))
+    random = np.random.default_rng(4)
+    x = rounded(random.standard_normal((tokens, cols)), dtype)
+    weight = random.standard_normal(cols).astype(np.float32)
+    with cpu.limit_isa("avx512"):
+        before = rms_norm(x, weight, eps=1e-3, out_dtype="float32")
+        assert np.array_equal(op.linear(x, first, norm=weight, eps=1e-3), op.linear(before, first))
+        gated_before = op.linear_gated(before, first, second)
+        assert np.array_equal(op.linear_gated(x, first, second, norm=weight, eps=1e-3), gated_before)
+        for got, w in zip(op.linear_many(x, [first, second], norm=weight, eps=1e-3), (first, second), strict=True):
+            assert np.array_equal(got, op.linear(before, w))
+
+
+@EACH_KERNEL
+@pytest.mark.parametrize("tokens", [1, 21])
+def test_with_a_norm_a_kernel_is_within_budget(kernel, tokens):
+    case = cases.LinearCase("normed", tokens, 40, 256)
+    raw, weight, cols = matrix("Q4_1", case)
+    skip_unless_able(kernel, op.request(tokens, [("Q4_1", case.rows, cols)]))
+    random = np.random.default_rng(4)
+    x = 30 * random.standard_normal((tokens, cols)).astype(np.float32)
+    norm = random.standard_normal(cols).astype(np.float32)
+    out = poisoned((tokens, case.rows), "float32")
+    op.linear(x, weight, norm=norm, eps=1e-5, out=out, kernel=kernel.name)
+    normed = norm_reference(x, norm, 1e-5)
+    low = straightforward(normed.astype(np.float32), raw, "Q4_1", "auto", over_tiles(kernel, case))
+    assert_within_budget(out, op.reference(normed, raw, "Q4_1"), low, "float32")
+
+
 @EACH_FORMAT
 @pytest.mark.parametrize("tokens,rows,cols", [(16, 33, 256), (37, 40, 288), (64, 31, 512), (15, 16, 256)])
 def test_tiles_are_within_budget(name, tokens, rows, cols):
@@ -149,7 +184,7 @@ def test_threads_give_the_same_bits(name):
     for threads in (1, 2, 3):
         out = poisoned((5, 100), "float32")
         part = native.LinearPart(weight, native.wrap(out, "float32"), None, None)
-        native.linear(native.Pool(threads), cpu.isa(), native.wrap(x, "float32"), [part], False)
+        native.linear(native.Pool(threads), cpu.isa(), native.LinearInput(native.wrap(x, "float32"), 0), [part])
         outs.append(out)
     assert np.array_equal(outs[0], outs[1]) and np.array_equal(outs[0], outs[2])
 
@@ -189,6 +224,10 @@ def test_activations_of_zero_and_of_huge_range():
             lambda w: op.linear(X, w, residual=np.ones((1, 5), np.float32)),
             "residual: expected",
         ),
+        (lambda w: op.linear(X, w, norm=np.ones(31, np.float32)), "norm: expected [32]"),
+        (lambda w: op.linear(X, w, norm=np.ones(64, np.float32)[::2]), "norm: expected a contiguous"),
+        (lambda w: op.linear(X, w, norm=np.ones(32)), "norm: expected float32"),
+        (lambda w: op.linear(X, w, norm=np.ones(32, np.float32), eps=-1.0), "eps: expected a finite"),
         (lambda w: op.pack(np.zeros(10, np.uint8), "Q4_0", (1, 32)), "raw: expected 1 rows of 18 bytes"),
         (lambda w: op.pack(np.zeros(18, np.uint8), "Q4_0", (1, 33)), "shape: expected rows of a multiple of 32"),
         (lambda w: op.pack(np.zeros(18, np.uint8), "Q9", (1, 32)), "format_name: expected one of"),

@@ -151,12 +151,16 @@ void bind_ops(nb::module_& m) {
   m.def("rms_norm", [](Runner& r, const std::string& isa, TensorRef out, TensorRef x, TensorRef weight, float eps) {
     submit_rms_norm(r, isa_from_name(isa), out, x, weight, eps);
   }, unlocked);
-  m.def("linear", [](Runner& r, const std::string& isa, TensorRef x, std::vector<LinearPart> parts, int precision) {
-    submit_linear(r, isa_from_name(isa), x, std::move(parts), static_cast<Precision>(precision));
+  nb::class_<LinearInput>(m, "LinearInput")
+      .def("__init__", [](LinearInput* input, TensorRef x, int precision, std::optional<TensorRef> norm, float eps) {
+        new (input) LinearInput{x, norm.value_or(nullptr), eps, static_cast<Precision>(precision)};
+      }, nb::arg("x"), nb::arg("precision"), nb::arg("norm").none() = nb::none(), nb::arg("eps") = 0.0f);
+  m.def("linear", [](Runner& r, const std::string& isa, const LinearInput& input, std::vector<LinearPart> parts) {
+    submit_linear(r, isa_from_name(isa), input, std::move(parts));
   }, unlocked);
-  m.def("linear_gated", [](Runner& r, const std::string& isa, TensorRef x, WeightRef gate, WeightRef up, TensorRef out,
-                           int precision) {
-    submit_linear_gated(r, isa_from_name(isa), x, gate, up, out, static_cast<Precision>(precision));
+  m.def("linear_gated", [](Runner& r, const std::string& isa, const LinearInput& input, WeightRef gate, WeightRef up,
+                           TensorRef out) {
+    submit_linear_gated(r, isa_from_name(isa), input, gate, up, out);
   }, unlocked);
   m.def("embedding", &submit_embedding, unlocked);
   m.def("select_rows", &submit_select_rows, unlocked);

@@ -35,6 +35,8 @@ def run(
     residual: Any,
     outs: Sequence[Any] | None,
     precision: int,
+    norm: Any = None,
+    eps: float = 0.0,
 ) -> list[Any]:
     outs = outs or [empty_like(x, (x.shape[0], weight.shape[0]), "float32") for weight in weights]
     parts = [
@@ -46,11 +48,24 @@ def run(
         )
         for weight, bias, out in zip(weights, biases, outs, strict=True)
     ]
-    native.linear(runner_of(x), level, as_tensor(x, "x"), parts, precision)
+    native.linear(runner_of(x), level, _input(x, precision, norm, eps), parts)
     return list(outs)
 
 
-def run_gated(level: str, x: Any, gate: PackedWeight, up: PackedWeight, out: Any, precision: int) -> Any:
+def run_gated(
+    level: str,
+    x: Any,
+    gate: PackedWeight,
+    up: PackedWeight,
+    out: Any,
+    precision: int,
+    norm: Any = None,
+    eps: float = 0.0,
+) -> Any:
     out = empty_like(x, (x.shape[0], gate.shape[0]), "float32") if out is None else out
-    native.linear_gated(runner_of(x), level, as_tensor(x, "x"), gate, up, as_tensor(out, "out"), precision)
+    native.linear_gated(runner_of(x), level, _input(x, precision, norm, eps), gate, up, as_tensor(out, "out"))
     return out
+
+
+def _input(x: Any, precision: int, norm: Any, eps: float) -> native.LinearInput:
+    return native.LinearInput(as_tensor(x, "x"), precision, None if norm is None else as_tensor(norm, "norm"), eps)

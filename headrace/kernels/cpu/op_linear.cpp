@@ -1,5 +1,6 @@
-// linear as an op. Phase 0: activations to int8 or bf16, once for all parts. Phase 1: chunks are runs of strips, a strip
-// being two panels: multiplied panel by panel, or over AMX tiles where there are any and tokens enough.
+// linear as an op. Phase 0: activations normed and to int8 or bf16, once for all parts. Phase 1: a chunk is a strip, two
+// panels: multiplied panel by panel, or over AMX tiles where there are any and tokens enough.
+// Of few rows every thread makes its own copy instead: that takes less than one thread working while the others wait.
 #include <algorithm>
 
 #include "ops.h"
@@ -8,23 +9,8 @@ namespace headrace {
 namespace {
 
 constexpr int64_t kRowsPerChunk = 4;
-constexpr int64_t kLateChunksPerThread = 4;
 constexpr int64_t kFewestStripTokens = 16;
 constexpr int64_t kTileColumns = 32;
-
-// How strips are shared out: half of them as one long run per thread, which memory streams best, the rest in short
-// runs that even out what one thread is late by.
-struct Shares {
-  int64_t total, threads, first, later, chunks;
-  Shares(int64_t strips, int64_t num_threads) : total(strips), threads(num_threads), first(strips / (2 * num_threads)) {
-    int64_t rest = total - first * threads;
-    later = std::max<int64_t>(1, rest / (threads * kLateChunksPerThread));
-    chunks = threads + (rest + later - 1) / later;
-  }
-  int64_t begin(int64_t chunk) const {
-    return std::min(total, chunk <= threads ? chunk * first : threads * first + (chunk - threads) * later);
-  }
-};
 
 struct Item {
   LinearPart part;
@@ -33,16 +19,19 @@ struct Item {
 
 class Linear : public Op {
  public:
-  Linear(Runner& runner, const Kernels& kernels, TensorRef x, std::vector<Item> items, Precision precision, const char* name)
-      : Op(name), kernels_(kernels), x_(in(x)), items_(std::move(items)), exact_(precision == Precision::exact),
-        passes_(precision == Precision::fine ? 2 : 1) {
+  Linear(Runner& runner, const Kernels& kernels, const LinearInput& input, std::vector<Item> items, const char* name)
+      : Op(name), kernels_(kernels), x_(in(input.x)), items_(std::move(items)), eps_(input.eps),
+        exact_(input.precision == Precision::exact), passes_(input.precision == Precision::fine ? 2 : 1) {
+    const TensorRef& x = x_;
+    if (input.norm) norm_ = in(input.norm);
     for (auto& item : items_) declare(item);
     int64_t rows = x->shape[0], cols = x->shape[1];
     if (quantize_) {
       values_ = out(runner.buffer(DType::i8, x->rows_kind, {rows, passes_ * cols}));
       records_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, passes_ * (cols / kBlock) * 4}));
     }
-    if (x->dtype != DType::f32) wide_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, cols}));
+    if (norm_ || x->dtype != DType::f32) wide_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, cols}));
+    prepares_ = quantize_ || wide_ || (kernels.strip_block && !exact_);
     if (!kernels.strip_block || exact_) return;
     padded_cols_ = (cols + kTileColumns - 1) / kTileColumns * kTileColumns;
     x_high_ = out(runner.buffer(DType::bf16, x->rows_kind, {rows, padded_cols_}));
@@ -50,17 +39,29 @@ class Linear : public Op {
   }
   int phases() const override { return 2; }
 
-  int64_t chunks(int phase, const Sizes& sizes, int num_threads) const override {
+  int64_t chunks(int phase, const Sizes& sizes, int) const override {
     int64_t tokens = x_->rows(sizes);
-    if (phase == 0) return quantize_ || wide_ || x_high_ ? (tokens + kRowsPerChunk - 1) / kRowsPerChunk : 0;
-    return tokens ? Shares(strips_, num_threads).chunks : 0;
+    if (phase == 0) return prepares_ && !few(tokens) ? (tokens + kRowsPerChunk - 1) / kRowsPerChunk : 0;
+    return tokens ? strips_ : 0;
   }
 
   void run(int phase, int64_t chunk, Worker& worker, const Sizes& sizes) override {
     int64_t tokens = x_->rows(sizes);
-    if (phase == 0) return prepare_rows(chunk * kRowsPerChunk, std::min((chunk + 1) * kRowsPerChunk, tokens), tokens);
-    Shares shares(strips_, worker.num_threads());
-    for (int64_t s = shares.begin(chunk); s < shares.begin(chunk + 1); ++s) run_strip(s, tokens, worker);
+    if (phase == 0)
+      return prepare_rows(shared_rows(), chunk * kRowsPerChunk, std::min((chunk + 1) * kRowsPerChunk, tokens), tokens);
+    if (prepares_ && few(tokens) && worker.begins()) prepare_rows(own_rows(worker), 0, tokens, tokens);
+    run_strip(chunk, tokens, worker);
+  }
+
+  Stream begins_at(int thread, int num_threads) const override {
+    int64_t strip = first_chunk(strips_, thread, num_threads);
+    for (const auto& item : items_) {
+      const PackedWeight& w = *item.part.weight;
+      if (strip < strips_of(item))
+        return {reinterpret_cast<const char*>(w.panel(2 * strip)), (w.panels() - 2 * strip) * w.panel_stride};
+      strip -= strips_of(item);
+    }
+    return {nullptr, 0};
   }
 
  private:
@@ -94,32 +95,61 @@ class Linear : public Op {
     }
   }
 
-  void prepare_rows(int64_t begin, int64_t end, int64_t tokens) {
+  // The rows as kernels read them: in buffers of the op, or in a thread's own memory.
+  struct Rows {
+    float* x;
+    int8_t* values;
+    BlockRecord* records;
+    int64_t x_stride, values_stride, records_stride;  // elements
+  };
+
+  static bool few(int64_t tokens) { return tokens <= kRowsPerChunk; }
+  Rows rows(Worker& worker, int64_t tokens) const { return few(tokens) ? own_rows(worker) : shared_rows(); }
+
+  Rows shared_rows() const {
+    const Tensor& x = wide_ ? *wide_ : *x_;
+    Rows r{x.at<float>(), nullptr, nullptr, x.row_stride(), 0, 0};
+    if (!quantize_) return r;
+    r.values = values_->at<int8_t>();
+    r.records = records_->at<BlockRecord>();
+    r.values_stride = values_->row_stride();
+    r.records_stride = records_->row_stride() / 4;
+    return r;
+  }
+
+  Rows own_rows(Worker& worker) const {
+    int64_t cols = (x_->cols() + kBlock - 1) / kBlock * kBlock, blocks = passes_ * cols / kBlock;
+    char* memory = worker.kept(kRowsPerChunk * (4 * cols + passes_ * cols + blocks * static_cast<int64_t>(sizeof(BlockRecord))));
+    auto* floats = reinterpret_cast<float*>(memory);
+    auto* records = reinterpret_cast<BlockRecord*>(floats + kRowsPerChunk * cols);
+    auto* values = reinterpret_cast<int8_t*>(records + kRowsPerChunk * blocks);
+    if (wide_) return {floats, values, records, cols, passes_ * cols, blocks};
+    return {x_->at<float>(), values, records, x_->row_stride(), passes_ * cols, blocks};
+  }
+
+  void prepare_rows(const Rows& rows, int64_t begin, int64_t end, int64_t tokens) {
     int64_t cols = x_->cols();
+    auto quantize = passes_ == 2 ? kernels_.quantize_twice : kernels_.quantize_row;
     for (int64_t i = begin; i < end; ++i) {
-      const float* row = x_->row_as<float>(i);
-      if (wide_) {
-        kernels_.widen_row(x_->row(i), x_->dtype, cols, wide_->row_as<float>(i));
-        row = wide_->row_as<float>(i);
-      }
+      float* row = rows.x + i * rows.x_stride;
+      if (norm_) kernels_.rms_norm(x_->row(i), x_->dtype, norm_->at<float>(), row, DType::f32, cols, eps_);
+      else if (wide_) kernels_.widen_row(x_->row(i), x_->dtype, cols, row);
       if (x_high_ && tokens >= kFewestStripTokens)
         kernels_.split_row(row, cols, x_high_->row_as<uint16_t>(i), x_low_ ? x_low_->row_as<uint16_t>(i) : nullptr);
-      auto quantize = passes_ == 2 ? kernels_.quantize_twice : kernels_.quantize_row;
-      if (quantize_) quantize(row, cols, values_->row_as<int8_t>(i), records_->row_as<BlockRecord>(i));
+      if (quantize_) quantize(row, cols, rows.values + i * rows.values_stride, rows.records + i * rows.records_stride);
     }
   }
 
-  TileArgs tile_args(int64_t token, int count, float* result) const {
-    const Tensor& x = wide_ ? *wide_ : *x_;
+  TileArgs tile_args(const Rows& rows, int64_t token, int count, float* result) const {
     TileArgs a{};
-    a.cols = x.cols();
-    a.x = x.row_as<float>(token);
-    a.x_stride = x.row_stride();
+    a.cols = x_->cols();
+    a.x = rows.x + token * rows.x_stride;
+    a.x_stride = rows.x_stride;
     if (quantize_) {
-      a.values = values_->row_as<int8_t>(token);
-      a.values_stride = values_->row_stride() / passes_;
-      a.records = records_->row_as<BlockRecord>(token);
-      a.records_stride = records_->row_stride() / 4 / passes_;
+      a.values = rows.values + token * rows.values_stride;
+      a.values_stride = rows.values_stride / passes_;
+      a.records = rows.records + token * rows.records_stride;
+      a.records_stride = rows.records_stride / passes_;
     }
     a.tokens = count;
     a.result = result;
@@ -144,10 +174,11 @@ class Linear : public Op {
     auto* scratch = reinterpret_cast<float*>(worker.scratch(2 * panel_floats * 4));
     Source gate = source(*item.part.weight, p, tokens, scratch);
     Source up = item.up ? source(*item.up, p, tokens, scratch + panel_floats) : Source{};
+    const Rows x = rows(worker, tokens);
     alignas(64) float result[kMaxTile * kPanelRows], second[kMaxTile * kPanelRows];
     for (int64_t t = 0; t < tokens; t += kMaxTile / passes_) {
       int count = static_cast<int>(std::min<int64_t>(kMaxTile / passes_, tokens - t));
-      TileArgs a = tile_args(t, count, result);
+      TileArgs a = tile_args(x, t, count, result);
       multiply(a, gate);
       if (item.up) {
         a.result = second;
@@ -256,11 +287,12 @@ class Linear : public Op {
   }
 
   const Kernels& kernels_;
-  TensorRef x_, values_, records_, wide_, x_high_, x_low_;
+  TensorRef x_, norm_, values_, records_, wide_, x_high_, x_low_;
   std::vector<Item> items_;
+  float eps_;
   bool exact_;
   int passes_;
-  bool quantize_ = false, needs_low_ = false;
+  bool quantize_ = false, needs_low_ = false, prepares_ = false;
   int64_t strips_ = 0, padded_cols_ = 0;
 };
 
@@ -281,33 +313,37 @@ void check_part(const Expect& expect, const Tensor& x, const LinearPart& part) {
   }
 }
 
-void check_x(const Expect& expect, const Tensor& x) {
+void check_input(const Expect& expect, const LinearInput& input) {
+  const Tensor& x = *input.x;
   expect.that(x.shape.size() == 2, "x", "[tokens, cols]", shape_text(x));
   expect.dtype(x, "x", {DType::f32, DType::f16, DType::bf16});
   expect.packed(x, "x");
+  if (!input.norm) return;
+  expect.dtype(*input.norm, "norm", {DType::f32});
+  expect.shape(*input.norm, "norm", {x.shape[1]});
+  expect.that(x.shape[1] == 1 || input.norm->strides[0] == 1, "norm", "a contiguous array", "other strides");
 }
 
 }  // namespace
 
-void submit_linear(Runner& runner, Isa isa, TensorRef x, std::vector<LinearPart> parts, Precision precision) {
+void submit_linear(Runner& runner, Isa isa, const LinearInput& input, std::vector<LinearPart> parts) {
   Expect expect{"linear"};
-  check_x(expect, *x);
+  check_input(expect, input);
   std::vector<Item> items;
   for (auto& part : parts) {
-    check_part(expect, *x, part);
+    check_part(expect, *input.x, part);
     items.push_back({part, nullptr});
   }
-  runner.submit(std::make_unique<Linear>(runner, kernels_for(isa), x, std::move(items), precision, "linear"));
+  runner.submit(std::make_unique<Linear>(runner, kernels_for(isa), input, std::move(items), "linear"));
 }
 
-void submit_linear_gated(Runner& runner, Isa isa, TensorRef x, WeightRef gate, WeightRef up, TensorRef y,
-                         Precision precision) {
+void submit_linear_gated(Runner& runner, Isa isa, const LinearInput& input, WeightRef gate, WeightRef up, TensorRef y) {
   Expect expect{"linear_gated"};
-  check_x(expect, *x);
-  check_part(expect, *x, {gate, y, nullptr, nullptr});
-  check_part(expect, *x, {up, y, nullptr, nullptr});
+  check_input(expect, input);
+  check_part(expect, *input.x, {gate, y, nullptr, nullptr});
+  check_part(expect, *input.x, {up, y, nullptr, nullptr});
   std::vector<Item> items{{{gate, y, nullptr, nullptr}, up}};
-  runner.submit(std::make_unique<Linear>(runner, kernels_for(isa), x, std::move(items), precision, "linear_gated"));
+  runner.submit(std::make_unique<Linear>(runner, kernels_for(isa), input, std::move(items), "linear_gated"));
 }
 
 }  // namespace headrace

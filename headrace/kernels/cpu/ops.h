@@ -21,10 +21,15 @@ struct LinearPart {
 };
 // What quantized weights meet: activations in int8; in two int8, 16 bits together; or in fp32, everything being fp32.
 enum class Precision : int { fast = 0, fine = 1, exact = 2 };
-void submit_linear(Runner& runner, Isa isa, TensorRef x, std::vector<LinearPart> parts, Precision precision);
+// What is multiplied: x [tokens, cols], or rms_norm(x, norm [cols] f32, eps) where there is a norm.
+struct LinearInput {
+  TensorRef x, norm;
+  float eps;
+  Precision precision;
+};
+void submit_linear(Runner& runner, Isa isa, const LinearInput& input, std::vector<LinearPart> parts);
 // out = silu(x gate^T) * (x up^T)
-void submit_linear_gated(Runner& runner, Isa isa, TensorRef x, WeightRef gate, WeightRef up, TensorRef out,
-                         Precision precision);
+void submit_linear_gated(Runner& runner, Isa isa, const LinearInput& input, WeightRef gate, WeightRef up, TensorRef out);
 
 // ids [tokens] i32 -> out [tokens, cols] f32. An id outside the table throws.
 void submit_embedding(Runner& runner, TensorRef out, TensorRef ids, WeightRef table);

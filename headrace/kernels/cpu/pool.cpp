@@ -1,8 +1,10 @@
-// The thread pool: workers spin while work is likely, then sleep; chunks are taken from one counter.
+// The thread pool: workers spin while work is likely, then sleep. Each thread has its own run of a phase's chunks, which
+// memory streams best; who is done early takes from the far end of another's.
 #include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 
 #include "runtime.h"
@@ -18,6 +20,9 @@ namespace {
 constexpr double kSpinSeconds = 2e-3;
 constexpr int kSpinsBeforeYield = 1 << 14;
 constexpr int kSpinsBeforePause = 1 << 13;
+// Asked for ahead: more than memory's latency, little beside a second-level cache. Few lines between looks at the barrier.
+constexpr int64_t kAheadBytes = 16 << 10;
+constexpr int kLinesAtOnce = 4;
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -49,11 +54,13 @@ char* Memory::take(int64_t bytes) {
 }
 
 char* Worker::scratch(int64_t bytes) { return own_.take(bytes); }
+char* Worker::kept(int64_t bytes) { return kept_.take(bytes); }
 char* Worker::workspace(int64_t bytes) { return shared_.take(bytes); }
 
 Pool::Pool(int num_threads) : num_threads_(num_threads), owner_process_(getpid()) {
   if (num_threads < 1 || num_threads > 1024)
     throw std::invalid_argument("threads: expected 1 to 1024, got " + std::to_string(num_threads));
+  taken_.reset(new Taken[static_cast<size_t>(num_threads)]);
   for (int i = 0; i < num_threads; ++i) workers_.push_back(std::make_unique<Worker>(i, num_threads, workspace_));
   for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { worker_loop(i); });
 }
@@ -94,9 +101,11 @@ void Pool::run(const std::vector<std::unique_ptr<Op>>& ops, const Sizes& sizes, 
   std::lock_guard<std::mutex> one_run(running_);
   job_ = Job{&ops, sizes, seconds};
   failure_ = nullptr;
-  failed_.store(false, std::memory_order_relaxed);
-  arrived_.store(0, std::memory_order_relaxed);
-  next_chunk_.store(num_threads_, std::memory_order_relaxed);
+  failing_.store(false, std::memory_order_relaxed);
+  // NOTE: never back to an earlier value: a worker may not have seen yet that the last run's barrier opened.
+  generation_.fetch_and(~uint64_t{1}, std::memory_order_relaxed);
+  for (int i = 0; i < num_threads_; ++i)
+    for (auto& counts : taken_[i].counts) counts.store(0, std::memory_order_relaxed);
   if (num_threads_ > 1) keep_workers_off_this_core();
   wake_all();
   take_part(*workers_[0]);
@@ -146,15 +155,53 @@ void Pool::worker_loop(int thread) {
   for (uint64_t seen = 0; wait_for_job(seen); ++seen) take_part(*workers_[thread]);
 }
 
+// What a thread will read next from memory, asked for a little at a time while it waits: else memory would idle as well,
+// and every op would begin with a cold stream.
+class Pool::Ahead {
+ public:
+  Ahead(const Job& job, const Worker& worker) : ops_(*job.ops), worker_(worker) {}
+
+  // The nearest op from number i on that knows its stream is the one to ask for.
+  void look_from(size_t i) {
+    if (i < searched_) return;
+    next_ = end_ = nullptr;
+    for (searched_ = i; searched_ < ops_.size() && !next_; ++searched_) {
+      Stream stream = ops_[searched_]->begins_at(worker_.thread(), worker_.num_threads());
+      next_ = stream.data;
+      end_ = stream.data + std::min(stream.bytes, kAheadBytes);
+    }
+  }
+
+  // NOTE: called while others may have ended the run: it must not look at an op.
+  bool fetch_some() {
+    if (next_ >= end_) return false;
+    for (int line = 0; line < kLinesAtOnce; ++line, next_ += 64) __builtin_prefetch(next_, 0, 2);
+    return true;
+  }
+
+ private:
+  const std::vector<std::unique_ptr<Op>>& ops_;
+  const Worker& worker_;
+  size_t searched_ = 0;
+  const char *next_ = nullptr, *end_ = nullptr;
+};
+
 void Pool::take_part(Worker& worker) {
   const Job job = job_;
+  Ahead ahead(job, worker);
   double started = job.seconds && worker.thread() == 0 ? now() : 0;
+  bool failed = false;
+  int parity = 0;
   for (size_t i = 0; i < job.ops->size(); ++i) {
     Op& op = *(*job.ops)[i];
+    if (num_threads_ > 1) ahead.look_from(i + 1);
     for (int phase = 0; phase < op.phases(); ++phase) {
       // NOTE: after a failure every thread skips every phase, so all of them still meet at the last barrier.
-      int64_t chunks = failed_.load(std::memory_order_acquire) ? 0 : op.chunks(phase, job.sizes, num_threads_);
-      if (chunks > 0) run_phase(op, phase, chunks, worker);
+      int64_t chunks = failed ? 0 : op.chunks(phase, job.sizes, num_threads_);
+      if (chunks == 0) continue;
+      run_phase(op, phase, job.sizes, Chunks{chunks, parity}, worker);
+      failed = barrier(&ahead);
+      parity ^= 1;
     }
     if (job.seconds && worker.thread() == 0) {
       double t = now();
@@ -162,47 +209,57 @@ void Pool::take_part(Worker& worker) {
       started = t;
     }
   }
-  barrier();  // nobody leaves while another still reads the job
+  barrier(nullptr);  // nobody leaves while another still reads the job
 }
 
-void Pool::run_phase(Op& op, int phase, int64_t chunks, Worker& worker) {
-  const Sizes sizes = job_.sizes;
-  int64_t chunk = worker.thread();
+void Pool::run_phase(Op& op, int phase, const Sizes& sizes, Chunks chunks, Worker& worker) {
+  const int thread = worker.thread();
+  taken_[thread].counts[chunks.parity ^ 1].store(0, std::memory_order_relaxed);
+  worker.begins_ = true;
   try {
-    while (chunk < chunks) {
-      op.run(phase, chunk, worker, sizes);
-      chunk = next_chunk_.fetch_add(1, std::memory_order_relaxed);
+    for (int turn = 0; turn < num_threads_; ++turn) {
+      int owner = (thread + turn) % num_threads_;
+      for (int64_t chunk; (chunk = take(chunks, owner, turn == 0)) >= 0; worker.begins_ = false)
+        op.run(phase, chunk, worker, sizes);
     }
   } catch (...) {
     std::lock_guard<std::mutex> lock(failure_mutex_);
     if (!failure_) failure_ = std::current_exception();
-    next_chunk_.store(chunks, std::memory_order_relaxed);
+    failing_.store(true, std::memory_order_relaxed);
   }
-  barrier();
 }
 
-// NOTE: `failed_` is published by the last to arrive, so all threads see the same value after the barrier.
-void Pool::barrier() {
-  if (num_threads_ == 1) {
-    next_chunk_.store(1, std::memory_order_relaxed);
-    failed_.store(failure_ != nullptr, std::memory_order_relaxed);
-    return;
+// The next of the owner's chunks for the owner, the last one for others; -1 where none is left.
+int64_t Pool::take(Chunks chunks, int owner, bool own) {
+  const int64_t first = first_chunk(chunks.count, owner, num_threads_);
+  const int64_t count = first_chunk(chunks.count, owner + 1, num_threads_) - first;
+  auto& counts = taken_[owner].counts[chunks.parity];
+  uint64_t seen = counts.load(std::memory_order_relaxed);
+  for (;;) {
+    const auto front = static_cast<int64_t>(seen & 0xffffffff), back = static_cast<int64_t>(seen >> 32);
+    if (front + back >= count) return -1;
+    if (counts.compare_exchange_weak(seen, seen + (own ? 1 : uint64_t{1} << 32), std::memory_order_relaxed))
+      return own ? first + front : first + count - 1 - back;
   }
-  uint64_t generation = generation_.load(std::memory_order_relaxed);
+}
+
+// Returns whether a chunk has failed. NOTE: that travels with the generation, so all threads see the same.
+bool Pool::barrier(Ahead* ahead) {
+  if (num_threads_ == 1) return failing_.load(std::memory_order_relaxed);
+  const uint64_t seen = generation_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
+    const bool failing = failing_.load(std::memory_order_relaxed);
     arrived_.store(0, std::memory_order_relaxed);
-    next_chunk_.store(num_threads_, std::memory_order_relaxed);
-    {
-      std::lock_guard<std::mutex> lock(failure_mutex_);
-      failed_.store(failure_ != nullptr, std::memory_order_relaxed);
-    }
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
+    generation_.store((seen | 1) + 1 + failing, std::memory_order_release);
+    return failing;
   }
-  for (int spins = 1; generation_.load(std::memory_order_acquire) == generation; ++spins) {
+  uint64_t generation;
+  for (int spins = 1; (generation = generation_.load(std::memory_order_acquire)) == seen; ++spins) {
+    if (ahead && ahead->fetch_some()) continue;
     wait_a_little(spins);
     if (spins % kSpinsBeforeYield == 0) sched_yield();
   }
+  return generation & 1;
 }
 
 }  // namespace headrace

@@ -27,13 +27,23 @@ class Worker {
   int thread() const { return thread_; }
   int num_threads() const { return num_threads_; }
   char* scratch(int64_t bytes);  // 64-byte aligned, valid until the chunk ends, contents undefined
+  char* kept(int64_t bytes);     // the same, valid until the op ends; always of the same size within an op
+  bool begins() const { return begins_; }  // whether this is the thread's first chunk of the phase
   // The same for all threads, valid until the op ends. NOTE: only for a phase of one chunk, and once per op.
   char* workspace(int64_t bytes);
 
  private:
+  friend class Pool;
   int thread_, num_threads_;
-  Memory own_;
+  bool begins_ = true;
+  Memory own_, kept_;
   Memory& shared_;
+};
+
+// Memory that a thread will read, in order.
+struct Stream {
+  const char* data;
+  int64_t bytes;
 };
 
 // One call of one kernel. Phases follow one another with a barrier between; the chunks of a phase run in any order.
@@ -45,6 +55,8 @@ class Op {
   virtual int phases() const { return 1; }
   virtual int64_t chunks(int phase, const Sizes& sizes, int num_threads) const = 0;
   virtual void run(int phase, int64_t chunk, Worker& worker, const Sizes& sizes) = 0;
+  // Where in its memory of weights a thread will begin. It is asked for while that thread waits for others, ops before.
+  virtual Stream begins_at(int /*thread*/, int /*num_threads*/) const { return {nullptr, 0}; }
   const char* name() const { return name_; }
   const std::vector<TensorRef>& reads() const { return reads_; }
   const std::vector<TensorRef>& writes() const { return writes_; }
@@ -57,6 +69,11 @@ class Op {
   const char* name_;
   std::vector<TensorRef> reads_, writes_;
 };
+
+// A phase's chunks are cut into one run per thread: where the run of a thread begins.
+inline int64_t first_chunk(int64_t chunks, int thread, int num_threads) {
+  return (chunks * thread + num_threads - 1) / num_threads;
+}
 
 // A forked child has the pool's memory but none of its threads.
 struct ForkedPool : std::runtime_error {
@@ -89,10 +106,21 @@ class Pool : public Runner {
     Sizes sizes;
     std::vector<double>* seconds = nullptr;
   };
+  // How many of a thread's own chunks were taken: from the front, by itself (lower half), and from the back, by others who
+  // had none left (upper half). One count for even and one for odd phases: while one is in use the other becomes zero.
+  struct Taken {
+    alignas(64) std::atomic<uint64_t> counts[2];
+  };
+  struct Chunks {
+    int64_t count;
+    int parity;
+  };
+  class Ahead;
   void worker_loop(int thread);
   void take_part(Worker& worker);
-  void run_phase(Op& op, int phase, int64_t chunks, Worker& worker);
-  void barrier();
+  void run_phase(Op& op, int phase, const Sizes& sizes, Chunks chunks, Worker& worker);
+  int64_t take(Chunks chunks, int owner, bool own);
+  bool barrier(Ahead* ahead);
   void wake_all();
   void keep_workers_off_this_core();
   bool wait_for_job(uint64_t seen);
@@ -103,6 +131,7 @@ class Pool : public Runner {
   Job job_;
   std::vector<std::thread> threads_;
   std::vector<std::unique_ptr<Worker>> workers_;
+  std::unique_ptr<Taken[]> taken_;  // of each thread
   Memory workspace_;
 
   std::mutex sleep_mutex_;
@@ -114,10 +143,9 @@ class Pool : public Runner {
   int sleepers_ = 0;
   int caller_core_ = -1;
   alignas(64) std::atomic<uint64_t> job_number_{0};
-  alignas(64) std::atomic<int64_t> next_chunk_{0};
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint64_t> generation_{0};
-  alignas(64) std::atomic<bool> failed_{false};
+  std::atomic<bool> failing_{false};
+  alignas(64) std::atomic<uint64_t> generation_{0};  // of the barrier, times two; odd: a chunk has failed
 };
 
 // Recorded once, replayed with any number of tokens up to its capacity. Buffers whose lives do not overlap share memory.
