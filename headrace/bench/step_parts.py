@@ -6,8 +6,9 @@ A program knows its ops by name and order; a decoder's order is the same in ever
     per layer:  linear (qkv), append_pages, paged_attention, linear (output), linear_gated (gate and up), linear (down)
     select_rows, linear (head)
 
-The norms are part of qkv, of gate and up, and of the head. So the products tell where in the model an op is: the layer's four, in this order, and after the last layer the head.
-Every other op goes by its name alone. An op that is not known here is a part of its own, with no work to its name.
+The norms are part of qkv, of gate and up, and of the head. The products tell where in the model an op is: the layer's
+four, in this order, and after the last layer the head. Every other op goes by its name alone. An op that is not known
+here is a part of its own, with no work to its name.
 """
 
 from __future__ import annotations

@@ -58,8 +58,8 @@ def linear(
     """x times the transposed weight, plus bias and residual where given.
 
     x: [tokens, cols] float32, float16 or bfloat16; bias: [rows] float32; residual: [tokens, rows] float32;
-    norm: [cols] float32, the weight of an rms_norm of x; out: [tokens, rows], float32 unless given. Raises ArgumentError
-    for what does not fit, KernelError for a kernel asked for by name that cannot run.
+    norm: [cols] float32, the weight of an rms_norm of x; out: [tokens, rows], float32 unless given. Raises
+    ArgumentError for what does not fit, KernelError for a kernel asked for by name that cannot run.
     """
     outs = None if out is None else [out]
     chosen = choose(kernels(), _checked(x, [weight], precision, norm, eps), kernel)
