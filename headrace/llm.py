@@ -28,6 +28,7 @@ from headrace.text.stream import TextStream
 from headrace.text.tokenizer import Tokenizer
 from headrace.weights.gguf import open_gguf
 from headrace.weights.load import load_config, load_weights
+from headrace.weights.packed import find_packed
 from headrace.weights.sources import resolve
 
 Progress = Callable[[str, int, int | None], None]
@@ -113,7 +114,8 @@ class LLM:
     threads: None for all cores this process may use. context_len: None for the model's own. kv_dtype: what the cache
     of keys and values holds, float32, float16, bfloat16, float8_e4m3fn, int8 or int4. max_requests: that are computed
     at once, each with a context of its own. kv_cache_bytes: what they share; None for all contexts, but at most half of
-    the machine's memory, which is taken only as far as it is used.
+    the machine's memory, which is taken only as far as it is used. packed: weights that `headrace pack` has kept on
+    disk are mapped when there ("auto"), not at all ("never"), or must be there ("require").
     Raises SourceError, ModelFileError, UnsupportedError, ArgumentError.
     """
 
@@ -127,6 +129,7 @@ class LLM:
         chunk_len: int = 512,
         max_requests: int = EngineConfig.max_requests,
         kv_cache_bytes: int | None = None,
+        packed: str = "auto",
         offline: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -138,6 +141,7 @@ class LLM:
             chunk_len=chunk_len,
             max_requests=max_requests,
             kv_cache_bytes=kv_cache_bytes,
+            packed=packed,
         )
         self.path = resolve(str(model), offline=offline, progress=progress)
         with open_gguf(self.path) as file:
@@ -148,7 +152,7 @@ class LLM:
             _check_vocabulary(self.tokenizer.vocab_size, self.config.vocab_size)
             self._metadata = file.metadata
             self.pool = native.Pool(threads) if threads else cpu.default_pool()
-            weights = load_weights(file, self.config, self.pool, progress)
+            weights = load_weights(file, self.config, self.pool, progress, kept=find_packed(file, packed))
         self.threads = self.pool.num_threads
         self.bytes_per_token = weights.bytes_per_token
         self._engine: Engine | None = Engine(weights, self.config, options, self.pool)

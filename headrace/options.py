@@ -31,6 +31,7 @@ HELP = {
     "context_len": "Tokens to keep room for; the model's own when not given.",
     "kv_dtype": "What the cache of keys and values holds: float32, float16, bfloat16, float8_e4m3fn, int8 or int4.",
     "chunk_len": "Tokens of a prompt computed in one step.",
+    "packed": "Weights kept by `headrace pack`: auto uses them where there, never, require.",
     "tokens": "linear, rms_norm: rows of activations.",
     "dim": "linear, rms_norm: elements of a row.",
     "rows": "linear: rows of the weight.",
@@ -59,6 +60,7 @@ class LoadOptions:
     threads: int | None = None
     context_len: int | None = None
     kv_dtype: str = EngineConfig.kv_dtype
+    packed: str = EngineConfig.packed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,9 +87,10 @@ class LLM:
         threads: int | None = None,
         context_len: int | None = None,
         kv_dtype: str = "float16",
+        packed: str = "auto",
         progress: Any = None,
     ) -> None:
-        EngineConfig(threads=threads, context_len=context_len, kv_dtype=kv_dtype)
+        EngineConfig(threads=threads, context_len=context_len, kv_dtype=kv_dtype, packed=packed)
         if model == "missing":
             raise SourceError("'missing' is no known model", "smollm2 is one")
         self.path, self.config, self.threads = Path("fake.gguf"), SimpleNamespace(name="fake"), threads or 1

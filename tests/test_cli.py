@@ -17,6 +17,7 @@ import fake_llm
 import pytest
 
 from headrace import cli, machine
+from headrace.check.fakes import write_tiny_model
 from headrace.config import SamplingParams
 
 JSON_FIELDS = [
@@ -228,6 +229,18 @@ def test_ctrl_c_in_chat_ends_the_answer_and_not_the_program() -> None:
 def test_models_lists_the_default(headrace: Headrace) -> None:
     ended = headrace("models")
     assert ended.code == 0 and "smollm2" in ended.out and "pull" in ended.out
+
+
+def test_packed_weights_are_written_listed_and_removed(headrace: Headrace, tmp_path: Path) -> None:
+    model = str(write_tiny_model(tmp_path / "tiny.gguf"))
+    packed = headrace("pack", model, "--threads", "1")
+    assert packed.code == 0 and Path(packed.out.strip()).is_file() and "--remove" in packed.err
+    assert f"{model}" in headrace("models").out
+    Path(model).unlink()
+    assert "its model is gone" in headrace("models").out
+    assert headrace("pack", model, "--remove").code == 0
+    assert model not in headrace("models").out and not Path(packed.out.strip()).exists()
+    assert headrace("pack", model, "--remove").code == 2
 
 
 def test_explain_names_the_kernel_it_would_take(headrace: Headrace) -> None:

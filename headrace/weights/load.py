@@ -7,8 +7,8 @@ one block for all of them: the peak is the packed model. Vectors are small and c
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from headrace.ops.linear import PackedWeight
 from headrace.weights.gguf import GGUFFile, TensorInfo
 
 Progress = Callable[[str, int, int], None]
+Matrices = Callable[[TensorInfo], PackedWeight]  # where packed matrices come from
 
 
 @dataclass
@@ -31,9 +32,7 @@ class Loader:
     """Takes tensors out of one file by name."""
 
     file: GGUFFile
-    descriptor: int
-    pool: native.Pool
-    arena: native.Arena
+    matrices: Matrices
     progress: Progress | None = None
     done_bytes: int = 0
     taken: set[str] = field(default_factory=set)
@@ -50,7 +49,7 @@ class Loader:
 
     def matrix(self, name: str, rows: int, cols: int) -> PackedWeight:
         info = self.info(name, (rows, cols))
-        packed = native.pack_file(self.pool, self.arena, info.format, (rows, cols), self.descriptor, info.offset)
+        packed = self.matrices(info)
         self._count(info)
         return packed
 
@@ -81,14 +80,35 @@ def load_config(file: GGUFFile) -> ModelConfig:
 
 
 def load_weights(
-    file: GGUFFile, config: ModelConfig, pool: native.Pool, progress: Progress | None = None
+    file: GGUFFile,
+    config: ModelConfig,
+    pool: native.Pool,
+    progress: Progress | None = None,
+    *,
+    kept: Matrices | None = None,
 ) -> ModelWeights:
-    """All weights of the model, packed. Raises ModelFileError for a tensor that is missing or of another shape."""
+    """All weights of the model, packed. Raises ModelFileError for a tensor that is missing or of another shape.
+
+    kept: matrices that are packed already (`weights/packed.py`); the file then gives the vectors alone.
+    """
     _check_layer_count(file, config)
+    with nullcontext(kept) if kept else pack_matrices(file, pool) as matrices:
+        return _load(Loader(file, matrices, progress), config)
+
+
+@contextmanager
+def pack_matrices(file: GGUFFile, pool: native.Pool, *, together: bool = True) -> Iterator[Matrices]:
+    """What reads and packs a matrix, all into one block if `together`, else each into memory of its own."""
     with file.reading() as descriptor:
         with suppress(OSError, AttributeError):  # advice: not every system and file system takes it
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        return _load(Loader(file, descriptor, pool, _room_for(file), progress), config)
+        block = _room_for(file) if together else None
+
+        def pack(info: TensorInfo) -> PackedWeight:
+            arena = block or native.Arena(native.packed_bytes(info.format, info.shape))
+            return native.pack_file(pool, arena, info.format, info.shape, descriptor, info.offset)
+
+        yield pack
 
 
 def _room_for(file: GGUFFile) -> native.Arena:

@@ -15,6 +15,9 @@
 
 namespace headrace {
 
+// NOTE: counts the changes of what pack_panel writes, in any format: files of packed weights are told apart by it.
+constexpr int kPackedLayout = 1;
+
 enum class WeightFormat : uint8_t {
   F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS
 };
