@@ -252,18 +252,38 @@ def bench_roofline(
 
 @verb(bench, "versus")
 def bench_versus(
-    model: Model = "smollm2",
+    *,
+    model: Annotated[list[str] | None, typer.Option("-m", "--model", help="A model; may be given again.")] = None,
+    types: Annotated[str, typer.Option(help="Measure each model in these formats: a list with commas.")] = "",
     peers: Annotated[
         str, typer.Option(help="Who to measure beside us: a list with commas.")
     ] = "llama.cpp,transformers",
+    rows: Annotated[
+        str, typer.Option(help="Which rows: families with commas, or single ones such as decode@4096.")
+    ] = "prefill,decode,batch,start,load,accuracy",
+    quick: Annotated[bool, typer.Option("--quick", help="Three rows: prefill 512, decode, decode at 4096.")] = False,
+    threads: Threads = None,
     kv_dtype: KVDtype = EngineConfig.kv_dtype,
+    isa: Annotated[str, typer.Option(help="Hold headrace and PyTorch to an instruction set, such as avx2.")] = "",
+    llama_lib: Annotated[Path | None, typer.Option(help="A folder with another build of libllama.so.")] = None,
+    as_json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The tables as the README has them.")] = False,
 ) -> None:
-    """The same file, prompt length and threads, alternating with other engines in one run."""
+    """The same file, tokens and threads beside other engines, in one run."""
     from headrace.bench.versus import bench_versus
+    from headrace.bench.versus_cases import QUICK, chosen_cases
+    from headrace.bench.versus_file import Versus
+    from headrace.machine import usable_cores
 
+    cases = chosen_cases(QUICK if quick else rows)
+    plan = Versus(cases, _words(peers), threads or usable_cores(), kv_dtype, isa, llama_lib)
+    output = "json" if as_json else "markdown" if markdown else "text"
     with ProgressLine() as progress:
-        names = tuple(name.strip() for name in peers.split(",") if name.strip())
-        bench_versus(model, names, kv_dtype=kv_dtype, progress=progress)
+        bench_versus(model or ["smollm2"], plan, types=_words(types), output=output, progress=progress)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
 @verb(bench, "ops")
@@ -281,8 +301,7 @@ def bench_ops(
     """The attention ops alone: speed beside the machine's roofs and beside torch."""
     from headrace.bench.ops import OpsBench, bench_ops
 
-    names = tuple(name.strip() for name in cases.split(",") if name.strip())
-    plan = OpsBench(names, repeat, threads, calibrate=calibrate, regret=regret)
+    plan = OpsBench(_words(cases), repeat, threads, calibrate=calibrate, regret=regret)
     with ProgressLine() as progress:
         bench_ops(plan, json_only=as_json, progress=progress)
 

@@ -18,23 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from headrace.bench.accuracy import divergence
+from headrace.bench.accuracy_texts import TEXTS
+
 DATA = Path(__file__).parent / "data"
-
-
-def load_texts() -> dict[str, str]:
-    return json.loads((DATA / "accuracy_texts.json").read_text(encoding="utf-8"))
-
-
-def divergence(exact: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """KL(exact || other) in nats at every position, from logits [tokens, vocab]."""
-    p, q = log_probabilities(exact), log_probabilities(logits)
-    return (np.exp(p) * (p - q)).sum(axis=-1)
-
-
-def log_probabilities(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
 ARRANGEMENTS: dict[str, dict[str, Any]] = {
@@ -90,7 +77,7 @@ def record(path: Path, how: str) -> dict[str, Any]:
 
     with open_gguf(path) as file:
         tokenizer = Tokenizer.from_metadata(file.metadata)
-    prompts = {name: tokenizer.encode(text) for name, text in load_texts().items()}
+    prompts = {name: tokenizer.encode(text) for name, text in TEXTS.items()}
     exact = load_exact(path)
     logits = {name: exact_logits(exact, ids) for name, ids in prompts.items()}
     measured = {}

@@ -1,212 +1,128 @@
-"""Other engines behind one small interface, so that `bench versus` can take turns with them.
+"""Which engines `bench versus` knows, and the small interface behind which each of them stands.
 
-A peer holds the model with some tokens cached (`hold`); `prefill` and `decode` compute tokens after those, give
-tokens/s, and leave the cache as it was. Their own overheads count: this is what a user of their Python packages gets.
+Each engine runs in a process of its own (`peer_process`), which imports the module named here. Optional packages are
+imported there only. What an engine's Python package adds around the engine is not timed, except for its start.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
-from headrace.bench.model import decode_speed, prefill_speed
+FEWEST_STEPS = 3  # decoded in a sample, however long they take
 
-if TYPE_CHECKING:
-    from headrace.llm import LLM
+
+@dataclass(frozen=True)
+class Opening:
+    """What an engine is opened with. `isa`: the instruction set it is held to, empty for the machine's best."""
+
+    path: str
+    threads: int
+    context_len: int = 512
+    sequences: int = 1  # contexts of that length
+    kv_dtype: str = "float16"
+    isa: str = ""
 
 
 class Peer(Protocol):
-    """An engine with a model in it."""
+    """An engine with a model in it, run in one way. Speeds are in tokens/s of all sequences together."""
 
-    name: str
-
-    def hold(self, ids: list[int]) -> None:
-        """Cache exactly these tokens."""
-
-    def prefill(self, ids: list[int]) -> float:
-        """Tokens/s of computing these in one go."""
-
-    def decode(self, ids: list[int]) -> float:
-        """Tokens/s of computing these one by one."""
-
-
-class Headrace:
-    """Ourselves. Decode draws its own tokens, sampling included."""
-
-    name = "headrace"
-
-    def __init__(self, llm: LLM) -> None:
-        self._llm = llm
-        self._held: list[int] = []
+    def arrange(self, context_len: int, sequences: int) -> None:
+        """Make room for so many sequences of this length; nothing is cached afterwards."""
 
     def hold(self, ids: list[int]) -> None:
-        self._held = ids
-        if ids:
-            self.prefill(ids[-1:])
+        """Cache exactly these tokens. Of what is cached, a common beginning is kept."""
 
     def prefill(self, ids: list[int]) -> float:
-        return prefill_speed(self._llm, self._held, ids)
+        """Speed of computing these in one go behind what is cached, which stays as it was."""
 
-    def decode(self, ids: list[int]) -> float:
-        return decode_speed(self._llm, self._held, len(ids))
+    def decode(self, ids: list[int], limit_s: float) -> float:
+        """The same, one by one; ends early after so many seconds."""
 
+    def fill(self, ids: list[int], sequences: int) -> None:
+        """Cache these tokens in each of so many sequences."""
 
-# The types of its cache: (name, ggml's number); fp8 it has none.
-_LLAMA_CPP_CACHES = {
-    "float32": ("F32", 0),
-    "float16": ("F16", 1),
-    "bfloat16": ("BF16", 30),
-    "int8": ("Q8_0", 8),
-    "int4": ("Q4_0", 2),
-}
-_QUANTIZED_CACHES = ("Q8_0", "Q4_0")
+    def decode_batch(self, sequences: int, steps: int, limit_s: float) -> float:
+        """Speed of giving each of the first sequences one token per step; ends early after so many seconds."""
+
+    def divergence(self, exact: str, ids: list[int]) -> list[float]:
+        """KL(exact || its own) at every position of a text; `exact` is a .npy file of logits."""
 
 
-class LlamaCpp:
-    """llama.cpp through llama-cpp-python's low-level evaluation."""
+@dataclass(frozen=True)
+class PeerKind:
+    """An engine: the packages it needs, where its Peer is, and what it asks of memory.
 
-    def __init__(
-        self, path: Path, threads: int, context_len: int, *, flash_attention: bool, cache: tuple[str, int] = ("F16", 1)
-    ) -> None:
-        import llama_cpp
+    `module` has `open_peers(opening) -> {way: Peer}` and `start_code(opening) -> str`, a program that prints a first
+    token as its users would get it; its arguments are the file and the number of threads. `memory` is the least that
+    opening a file takes, from its bytes and its number of weights. `reads_file`: decoding reads the file's bytes.
+    """
 
-        self.name = f"llama.cpp, flash attention {'on' if flash_attention else 'off'}, {cache[0]} cache"
-        with _silence():  # `verbose=False` does not reach every line the library prints
-            self._llama = llama_cpp.Llama(
-                str(path),
-                n_ctx=context_len,
-                n_batch=512,
-                n_ubatch=512,
-                n_threads=threads,
-                n_threads_batch=threads,
-                flash_attn=flash_attention,
-                type_k=cache[1],
-                type_v=cache[1],
-                verbose=False,
-            )
-        self._wait = llama_cpp.llama_synchronize
-        self._held_len = 0
-
-    def hold(self, ids: list[int]) -> None:
-        self._llama.reset()
-        self._evaluate(ids)
-        self._held_len = len(ids)
-
-    def prefill(self, ids: list[int]) -> float:
-        return self._timed(ids, lambda: self._evaluate(ids))
-
-    def decode(self, ids: list[int]) -> float:
-        def one_by_one() -> None:
-            for token in ids:
-                self._evaluate([token])
-
-        return self._timed(ids, one_by_one)
-
-    def _evaluate(self, ids: list[int]) -> None:
-        self._llama.eval(ids)
-        self._wait(self._llama.ctx)
-
-    def _timed(self, ids: list[int], work: Callable[[], None]) -> float:
-        speed = _tokens_per_s(ids, work)
-        self._llama.n_tokens = self._held_len  # the next evaluation forgets what lies behind
-        return speed
+    packages: tuple[str, ...]
+    module: str
+    memory: Callable[[int, int], int]
+    reads_file: bool = True
+    distributions: tuple[str, ...] = ()
 
 
-class Transformers:
-    """transformers on PyTorch's CPU kernels: the same file dequantized to bfloat16."""
-
-    name = "transformers, bfloat16"
-
-    def __init__(self, path: Path, threads: int) -> None:
-        import torch
-        import transformers
-
-        torch.set_num_threads(threads)
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        self._torch, self._new_cache = torch, transformers.DynamicCache
-        with _silence():
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(path.parent), gguf_file=path.name, dtype=torch.bfloat16
-            ).eval()
-        self._cache = self._new_cache()
-
-    def hold(self, ids: list[int]) -> None:
-        self._cache = self._new_cache()
-        if ids:
-            self._evaluate(ids)
-
-    def prefill(self, ids: list[int]) -> float:
-        return self._timed(ids, lambda: self._evaluate(ids))
-
-    def decode(self, ids: list[int]) -> float:
-        def one_by_one() -> None:
-            for token in ids:
-                self._evaluate([token])
-
-        return self._timed(ids, one_by_one)
-
-    def _evaluate(self, ids: list[int]) -> None:
-        with self._torch.inference_mode():
-            tokens = self._torch.tensor([ids])
-            self._model(tokens, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-
-    def _timed(self, ids: list[int], work: Callable[[], None]) -> float:
-        held_len = self._cache.get_seq_length()
-        speed = _tokens_per_s(ids, work)
-        if held_len:
-            self._cache.crop(-len(ids))
-        else:
-            self._cache = self._new_cache()
-        return speed
-
-
-def _tokens_per_s(ids: list[int], work: Callable[[], None]) -> float:
-    started = perf_counter()
-    work()
-    return len(ids) / (perf_counter() - started)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Nothing on this process's stdout and stderr, native prints included."""
-    kept = [os.dup(1), os.dup(2)]
-    with open(os.devnull, "w") as nowhere:
-        try:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            for number, descriptor in enumerate(kept, 1):
-                os.dup2(descriptor, number)
-                os.close(descriptor)
-
-
-def _llama_cpps(path: Path, threads: int, context_len: int, kv_dtype: str) -> list[Any]:
-    """With and without flash attention, which it needs for a quantized cache."""
-    cache = _LLAMA_CPP_CACHES.get(kv_dtype, _LLAMA_CPP_CACHES["float16"])
-    ways = (True,) if cache[0] in _QUANTIZED_CACHES else (False, True)
-    return [LlamaCpp(path, threads, context_len, flash_attention=flash, cache=cache) for flash in ways]
-
-
-# name -> the modules it needs, and how to open a model with it: path, threads, context_len, kv_dtype
-PEERS: dict[str, tuple[tuple[str, ...], Callable[[Path, int, int, str], list[Any]]]] = {
-    "llama.cpp": (
-        ("llama_cpp",),
-        _llama_cpps,
+# llama.cpp maps the file and keeps a repacked copy of some formats. transformers holds all weights in float32 before
+# it rounds them to 16 bits.
+KINDS: Mapping[str, PeerKind] = {
+    "headrace": PeerKind(
+        ("headrace.llm",), "headrace.bench.peer_headrace", lambda file, weights: int(1.1 * file), True, ("headrace",)
     ),
-    "transformers": (
+    "llama.cpp": PeerKind(
+        ("llama_cpp",), "headrace.bench.peer_llama_cpp", lambda file, weights: file, True, ("llama-cpp-python",)
+    ),
+    "transformers": PeerKind(
         ("transformers", "torch", "gguf", "accelerate"),
-        lambda path, threads, context_len, kv_dtype: [Transformers(path, threads)],
+        "headrace.bench.peer_transformers",
+        lambda file, weights: 6 * weights,
+        False,
+        ("transformers", "torch"),
     ),
+    "plain read": PeerKind(("headrace.kernels.cpu.roof",), "headrace.bench.peer_read", lambda file, weights: 0),
+}
+PEERS = ("llama.cpp", "transformers")
+
+
+def missing_packages(name: str) -> list[str]:
+    """What an engine needs and this Python does not have."""
+    return [package for package in KINDS[name].packages if importlib.util.find_spec(package) is None]
+
+
+def peer_environment(name: str, isa: str, llama_lib: Path | None) -> dict[str, str]:
+    """What an engine's process finds in its environment, beyond ours: how peers are told an instruction set."""
+    if name == "llama.cpp" and llama_lib:
+        return {"LLAMA_CPP_LIB_PATH": str(llama_lib)}
+    if name == "transformers" and isa:
+        return _TORCH_ISAS[isa]
+    return {}
+
+
+# PyTorch's own kernels and those of oneDNN are limited apart.
+_TORCH_ISAS = {
+    isa: {"ATEN_CPU_CAPABILITY": aten, "ONEDNN_MAX_CPU_ISA": onednn}
+    for isa, aten, onednn in (
+        ("portable", "default", "SSE41"),
+        ("avx2", "avx2", "AVX2"),
+        ("avx512", "avx512", "AVX512_CORE_VNNI"),
+        ("avx512_bf16", "avx512", "AVX512_CORE_BF16"),
+        ("amx", "avx512", "AVX512_CORE_AMX"),
+    )
 }
 
 
-def missing_modules(name: str) -> list[str]:
-    """What a peer needs and this Python does not have."""
-    return [module for module in PEERS[name][0] if importlib.util.find_spec(module) is None]
+def steps_per_s(step: Callable[[], object], most: int, limit_s: float) -> float:
+    """Steps per second: of `most` steps, or of as many as begin within the limit."""
+    started = perf_counter()
+    for done in range(1, most + 1):
+        step()
+        seconds = perf_counter() - started
+        if seconds >= limit_s and done >= FEWEST_STEPS:
+            break
+    return done / seconds

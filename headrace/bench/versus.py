@@ -1,112 +1,109 @@
-"""`headrace bench versus`: the same file, tokens and threads in one run, in turns with whatever peers are installed.
+"""`headrace bench versus`: the same file, tokens and threads beside other engines, with the roof beside both.
 
-Prompts are fresh random tokens each time. A missing peer is said and left out. Decode at depth is the row that tells:
-short contexts hide what attention costs. A peer's cache has the type nearest to ours, and its name says which.
+Every engine runs in a process of its own and is stopped while others are measured. Prompts are fresh random tokens each
+time. A peer that is not installed, fails or has too little memory is said, not dropped. Decode at depth is the row that
+tells: short contexts hide what attention costs. A peer's cache has the type nearest to ours, and its name says which.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from headrace.bench.model import check_model, random_ids
-from headrace.bench.peers import PEERS, Headrace, Peer, missing_modules
-from headrace.bench.report import document, table
-from headrace.bench.timing import Spread, alternate
-from headrace.config import EngineConfig
+from headrace.bench.peers import KINDS, PEERS, missing_packages
+from headrace.bench.report import document
+from headrace.bench.versus_file import Comparison, Versus
+from headrace.bench.versus_rounds import REPEAT
+from headrace.bench.versus_table import conditions_text, markdown_table, rows_data, text_table
 from headrace.errors import ArgumentError
+from headrace.kernels.cpu import ISAS, best_isa
+from headrace.machine import this_machine
 from headrace.talk import ProgressLine, say
+from headrace.weights.quantize import quantize_file
+from headrace.weights.sources import resolve
 
-REPEAT = 5
-# Other runtimes let their threads spin on for up to 0.2 s after the work: whoever is next must not pay for it.
-_SETTLE_S = 0.3
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row: tokens computed at once (prefill) or one by one (decode) after `depth` cached ones."""
-
-    phase: str
-    depth: int
-    tokens: int
-
-    def __str__(self) -> str:
-        return f"{self.phase} {self.tokens} at depth {self.depth}"
-
-
-CASES = (Case("prefill", 0, 512), Case("decode", 16, 64), Case("decode", 4096, 16))
+OUTPUTS = ("text", "json", "markdown")
 
 
 def bench_versus(
-    model: str, peer_names: tuple[str, ...], *, kv_dtype: str = EngineConfig.kv_dtype, progress: ProgressLine
+    models: Sequence[str], plan: Versus, *, types: Sequence[str] = (), output: str = "text", progress: ProgressLine
 ) -> dict[str, Any]:
-    """Prints a table with a ratio (headrace / peer) per row, then the JSON document, which is also returned."""
-    from headrace.llm import LLM
-
-    _check_names(peer_names)
-    context_len = max(case.depth + case.tokens for case in CASES) + 8
-    llm = LLM(model, context_len=context_len, kv_dtype=kv_dtype, progress=progress)
-    check_model(llm)
-    engines: dict[str, Peer] = {"headrace": Headrace(llm)}
-    for name in peer_names:
-        if missing := missing_modules(name):
-            say(f"{name}: left out, not installed: {', '.join(missing)}")
-            continue
-        for peer in PEERS[name][1](llm.path, llm.threads, context_len, kv_dtype):
-            engines[peer.name] = peer
-
-    chance = np.random.default_rng()
-    results = {}
-    for number, case in enumerate(CASES):
-        progress(f"measuring {case}", number, len(CASES))
-        results[case] = measure(engines, case, lambda length: random_ids(llm, length, chance))
-    print(versus_table(results))
-    rows = [_data(case, results[case]) for case in CASES]
-    data = {"model": llm.path.name, "threads": llm.threads, "kv_dtype": kv_dtype, "rows": rows}
-    print(document(data))
+    """Prints a table per file, then the JSON document, which is also returned; or the document, or README tables."""
+    _check(plan)
+    plan = _with_those_here(plan)
+    tables = []
+    for path in _files(models, types, progress):
+        comparison = Comparison.of(path, plan, progress)
+        comparison.run()
+        tables.append({"conditions": comparison.conditions(), "rows": rows_data(comparison.results)})
+        if output != "json":
+            made = markdown_table if output == "markdown" else text_table
+            print(f"{conditions_text(comparison.conditions())}\n\n{made(comparison.results)}\n", flush=True)
+    data = {**_surroundings(plan), "tables": tables}
+    if output == "markdown":
+        print(conditions_text(_surroundings(plan)))
+    else:
+        print(document(data))
     return data
 
 
-def _check_names(names: tuple[str, ...]) -> None:
-    for name in names:
+def _check(plan: Versus) -> None:
+    for name in plan.peers:
         if name not in PEERS:
             raise ArgumentError(f"--peers: expected some of {', '.join(PEERS)}, got {name!r}")
+    if plan.isa and plan.isa not in ISAS[: ISAS.index(best_isa()) + 1]:
+        known = ", ".join(ISAS[: ISAS.index(best_isa()) + 1])
+        raise ArgumentError(f"--isa: expected one of {known} on this machine, got {plan.isa!r}")
+    if plan.llama_lib and not (plan.llama_lib / "libllama.so").is_file():
+        raise ArgumentError(f"--llama-lib: expected a folder with libllama.so, got {str(plan.llama_lib)!r}")
 
 
-def measure(engines: Mapping[str, Peer], case: Case, random: Callable[[int], list[int]]) -> dict[str, Spread]:
-    """Tokens/s of each engine for a case, taken in turns; one unmeasured round warms all of them up."""
-    held = random(case.depth) if case.depth else []
-
-    def sampler(engine: Peer) -> Callable[[], float]:
-        return lambda: getattr(engine, case.phase)(random(case.tokens))
-
-    for engine in engines.values():
-        engine.hold(held)
-    samplers = {name: sampler(engine) for name, engine in engines.items()}
-    alternate(samplers, 1)
-    samples = alternate(samplers, REPEAT, lambda: time.sleep(_SETTLE_S))
-    return {name: Spread.of(speeds) for name, speeds in samples.items()}
+def _with_those_here(plan: Versus) -> Versus:
+    """The plan with the peers that are installed; what the others lack is said."""
+    here = []
+    for name in plan.peers:
+        if missing := missing_packages(name):
+            say(f"{name}: left out, not installed: {', '.join(missing)}")
+        else:
+            here.append(name)
+    if plan.isa and "llama.cpp" in here and not plan.llama_lib:
+        say(f"llama.cpp: as it is installed; --llama-lib names a folder where it is built for {plan.isa}")
+    return Versus(plan.cases, tuple(here), plan.threads, plan.kv_dtype, plan.isa, plan.llama_lib)
 
 
-def versus_table(results: Mapping[Case, Mapping[str, Spread]]) -> str:
-    """One line per case and engine; the ratio says how many times as fast headrace is."""
-    rows = []
-    for case, spreads in results.items():
-        for name, spread in spreads.items():
-            ratio = "" if name == "headrace" else f"{spreads['headrace'].median / spread.median:.2f} x"
-            rows.append([str(case), name, str(spread), ratio])
-    return table(["case", "engine", "tokens/s (min-max, n)", "headrace is"], rows)
+def _files(models: Sequence[str], types: Sequence[str], progress: ProgressLine) -> Iterator[Path]:
+    """The models' files; with types, each model in each of these formats, written for as long as it is measured."""
+    for model in models:
+        path = resolve(model, progress=progress)
+        if not types:
+            yield path
+        for recipe in types:
+            with tempfile.TemporaryDirectory() as folder:
+                target = Path(folder) / f"{path.stem}.{recipe}.gguf"
+                quantize_file(path, target, recipe, progress=progress)
+                yield target
 
 
-def _data(case: Case, spreads: Mapping[str, Spread]) -> dict[str, Any]:
-    ours = spreads["headrace"].median
-    engines = {
-        name: {"median": spread.median, "min": spread.low, "max": spread.high, "ratio": ours / spread.median}
-        for name, spread in spreads.items()
+def _surroundings(plan: Versus) -> dict[str, Any]:
+    """The machine, the date, the versions: what is the same for all tables."""
+    names = [name for peer in ("headrace", *plan.peers) for name in KINDS[peer].distributions]
+    machine = this_machine()
+    return {
+        "CPU": machine.cpu_name,
+        "instruction set": plan.isa or machine.isa,
+        "threads": plan.threads,
+        "repeat": REPEAT,
+        "versions": " ".join(f"{name} {_version(name)}" for name in names),
+        "date": time.strftime("%Y-%m-%d"),
     }
-    row = {"phase": case.phase, "depth": case.depth, "tokens": case.tokens, "repeat": REPEAT}
-    return {**row, "unit": "tokens/s", "engines": engines}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed as a package)"
