@@ -37,7 +37,7 @@ def bench_versus(
     plan = _with_those_here(plan)
     tables = []
     for path in _files(models, types, progress):
-        comparison = Comparison.of(path, plan, progress)
+        comparison = Comparison.of(path, plan)
         comparison.run()
         tables.append({"conditions": comparison.conditions(), "rows": rows_data(comparison.results)})
         if output != "json":

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from headrace.bench.accuracy_texts import TEXTS
@@ -21,7 +22,7 @@ from headrace.bench.versus_limits import Limits
 from headrace.bench.versus_rounds import Found, Texts, measure
 from headrace.bench.versus_table import OURS
 from headrace.errors import HeadraceError
-from headrace.talk import ProgressLine
+from headrace.talk import say
 from headrace.text.tokenizer import Tokenizer
 from headrace.weights.gguf import open_gguf
 from headrace.weights.load import load_config
@@ -70,19 +71,19 @@ class Comparison:
     plan: Versus
     facts: FileFacts
     entries: Field
-    progress: ProgressLine
     results: dict[Case, dict[str, Found]] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)
     together: bool = True
     limits: Limits | None = None
+    started: float = field(default_factory=perf_counter)
 
     @classmethod
-    def of(cls, path: Path, plan: Versus, progress: ProgressLine) -> Comparison:
+    def of(cls, path: Path, plan: Versus) -> Comparison:
         facts = FileFacts.of(path)
         context_len = _context_len(plan.cases, facts)
         opening = Opening(str(path), plan.threads, context_len, kv_dtype=plan.kv_dtype, isa=plan.isa)
         entries = Field((OURS, *plan.peers), opening, facts.weights, plan.llama_lib)
-        return cls(path, plan, facts, entries, progress, {case: {} for case in plan.cases})
+        return cls(path, plan, facts, entries, {case: {} for case in plan.cases})
 
     def run(self) -> None:
         """Measures every row for which there is room; the others say why not."""
@@ -101,6 +102,10 @@ class Comparison:
             for names in groups:
                 self._run_group(names, exact)
 
+    def _say(self, what: str) -> None:
+        """A line on stderr per row: a run takes minutes."""
+        say(f"{perf_counter() - self.started:6.0f} s  {self.path.name}: {what}")
+
     def _add_all(self, found: Mapping[str, Found]) -> None:
         for case in self.results:
             self.results[case] |= found
@@ -111,10 +116,10 @@ class Comparison:
 
     def _run_fresh(self) -> None:
         for case in self._wants("start"):
-            self.progress("measuring start", 0, None)
+            self._say("start")
             self.results[case] |= measure_starts(self.entries)
         if self._wants("load", "memory"):
-            self.progress("measuring load", 0, None)
+            self._say("load")
             for case, found in measure_loads(self.entries).items():
                 self.results[case] |= found
 
@@ -123,7 +128,7 @@ class Comparison:
         alone, shared = self._wants("prefill", "decode"), self._wants("batch")
         if not (alone or shared or exact):
             return
-        self.progress(f"opening {', '.join(names)}", 0, None)
+        self._say(f"opening {', '.join(names)}")
         with opened(self.entries, names) as group:
             self.about |= group.about
             self._learn_limits(group)
@@ -147,8 +152,8 @@ class Comparison:
             self.limits = Limits(work, machine, self.plan.threads, bool(self.plan.isa))
 
     def _run_rows(self, group: Opened, cases: Sequence[Case], texts: Texts) -> None:
-        for number, case in enumerate(cases):
-            self.progress(f"measuring {case}", number, len(cases))
+        for case in cases:
+            self._say(str(case))
             found = measure(group, case, texts, self.limits.read_bytes(case) if self.limits else 0)
             self.results[case] |= self.limits.shares(case, found) if self.limits else found
 
@@ -160,7 +165,7 @@ class Comparison:
         if (needed := 4 * self.facts.weights) > _MOST_EXACT_BYTES:
             self.results[case] |= {OURS: Found(why_not=f"float32 weights would take {needed / 1e9:.0f} GB")}
             return []
-        self.progress("computing exact answers", 0, None)
+        self._say("exact answers")
         whole = folder / "float32.gguf"
         quantize_file(self.path, whole, "f32")
         found = [str(folder / f"{number}.npy") for number in range(len(self.facts.texts))]
@@ -176,7 +181,7 @@ class Comparison:
         return found
 
     def _run_accuracy(self, group: Opened, exact: list[str]) -> None:
-        self.progress("comparing answers", 0, None)
+        self._say("accuracy")
         found: dict[str, Found] = {}
         for engine in _asked(group):
             told = [_attempt(group, engine, "divergence", *both) for both in zip(exact, self.facts.texts, strict=True)]
