@@ -6,7 +6,7 @@
 
 Weights are packed once (`pack`) into panels that every instruction set reads; formats are those of ops/formats.py.
 precision "fast": quantized weights meet activations in int8, 32 to a scale, as their own format would hold them;
-"auto": in two int8, the second holding what the first lost, 16 bits together: free where the weights' bytes bind;
+"auto": in 16-bit integers, 32 to a scale: free where the weights' bytes bind;
 over AMX tiles, where many tokens make arithmetic bind, in bf16; "exact": float32 activations and sums throughout.
 """
 
@@ -27,6 +27,7 @@ from headrace.ops.norm import check_norm
 from headrace.ops.select import Kernel, Request, Traffic, choose
 
 PRECISIONS = {"fast": 0, "auto": 1, "exact": 2}  # as the native side counts them
+LARGEST = {"fast": 127, "auto": 127 * 256}  # integer that an activation becomes
 DTYPES = ("float32", "float16", "bfloat16")
 FLOAT_FORMATS = ("F32", "F16", "BF16")
 
@@ -104,12 +105,12 @@ def reference(x: np.ndarray, raw: np.ndarray, format_name: str) -> np.ndarray:
     return x.astype(np.float64) @ dequantize(raw, format_name).astype(np.float64).T
 
 
-def int8_activations(x: np.ndarray) -> np.ndarray:
-    """What a row of activations is after a straightforward quantization to int8, 32 to a scale."""
+def integer_activations(x: np.ndarray, precision: str) -> np.ndarray:
+    """What a row of activations is after a straightforward quantization to integers, 32 to a scale."""
     blocks = x.astype(np.float32).reshape(len(x), x.shape[1] // 32, 32)
-    scale = np.max(np.abs(blocks), axis=-1, keepdims=True) / np.float32(127)
-    codes = np.round(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
-    return (codes * scale).reshape(x.shape)
+    scale = np.max(np.abs(blocks), axis=-1, keepdims=True) / np.float32(LARGEST[precision])
+    integers = np.round(np.divide(blocks, scale, out=np.zeros_like(blocks), where=scale > 0))
+    return (integers * scale).reshape(x.shape)
 
 
 def request(

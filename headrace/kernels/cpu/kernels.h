@@ -12,27 +12,42 @@
 
 namespace headrace {
 
-// A row of activations in int8: K values, then one record per 32 of them.
+// A row of activations as integers: K values, and one record per 32 of them.
 struct BlockRecord {
-  float scale;          // value = scale * int8
-  float weighted_sum;   // scale * (low_sum + high_sum)
-  int32_t low_sum;      // of the first 16 int8
-  int32_t high_sum;     // of the last 16
+  float scale;            // value = scale * integer
+  float weighted_sum;     // scale * (sum of the integers)
+  int32_t minus_sum;      // -(sum of the integers)
+  int32_t minus_low_sum;  // -(sum of the first 16)
 };
 constexpr int kBlock = 32;  // activations that share a scale
 
-// A tile of a matrix product: up to kMaxTile rows of activations times one panel of 16 weight rows.
-constexpr int kPanelRows = 16;
-constexpr int kMaxTile = 8;
+// A strip is two panels of 16 weight rows, or the last one alone.
+constexpr int kPanelRows = 16, kStripRows = 32;
+
+// Rows of activations times a strip.
 struct TileArgs {
   const uint8_t* panel;
+  int64_t panel_stride;        // bytes to the second panel
+  int panels;                  // 1 or 2
+  int64_t ahead;               // how far in front of what it reads it asks for more; 0: not at all
   int64_t cols;                // K
   const float* x;              // fp32 rows, for float panels
-  const int8_t* values;        // int8 rows, for quantized panels
+  const int8_t* values;        // rows of integers, for quantized panels
   const BlockRecord* records;
+  bool fine;                   // which integers: quantize_fine's
   int64_t x_stride, values_stride, records_stride;
-  int tokens;                  // 1 .. kMaxTile
-  float* result;               // [tokens, 16]
+  int tokens;                  // 1 or more
+  float* result;               // [tokens, 32]
+};
+
+// The results of a strip, to be stored.
+struct FinishArgs {
+  const float* result;         // [tokens, 32]
+  const float *bias, *residual;  // may be null
+  void* out;
+  DType type;
+  int64_t residual_stride, out_stride;
+  int tokens, rows;            // rows: of the strip, 1 .. 32
 };
 
 // The largest of a row of logits. Improper: NaN or +infinity is among them, or nothing above -infinity.
@@ -44,7 +59,7 @@ struct Peak {
 constexpr int64_t kSampleBlock = 1024;  // logits that share a partial sum
 
 // 32 tokens times a strip of 32 weight rows, both as bf16 with or without their low parts.
-constexpr int kStripRows = 32, kStripTokens = 32;
+constexpr int kStripTokens = 32;
 struct StripArgs {
   int64_t cols;
   const uint16_t *x_high, *x_low;  // [32 rows or more][x_stride]; x_low and w_low may be null
@@ -55,14 +70,14 @@ struct StripArgs {
 
 struct Kernels {
   void (*rms_norm)(const void* x, DType x_type, const float* weight, void* y, DType y_type, int64_t n, float eps);
-  void (*quantize_row)(const float* x, int64_t n, int8_t* values, BlockRecord* records);
-  // The same, and behind it (at values + n, records + n / 32) what int8 lost, as another such row: 16 bits together.
-  void (*quantize_twice)(const float* x, int64_t n, int8_t* values, BlockRecord* records);
-  // format -> product of a tile with a panel of that format, as packed
+  // A row of activations in int8 / in 16 bits, two bytes each in an order of this table's own.
+  void (*quantize_coarse)(const float* x, int64_t n, int8_t* values, BlockRecord* records);
+  void (*quantize_fine)(const float* x, int64_t n, int8_t* values, BlockRecord* records);
+  // format -> product of activations with a strip of that format, as packed
   void (*tile)(WeightFormat format, const TileArgs& args);
   // one panel, any format, to [K, 16] floats
   void (*unpack_panel)(WeightFormat format, const uint8_t* panel, int64_t cols, float* out);
-  void (*finish_row)(const float* result, const float* bias, const float* residual, void* out, DType type, int n);
+  void (*finish)(const FinishArgs& args);
   void (*widen_row)(const void* x, DType type, int64_t n, float* out);
   void (*silu_gate)(const float* gate, const float* up, float* y, int64_t n);
   // probes of the machine's roofs (roof.h)

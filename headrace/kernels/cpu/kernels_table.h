@@ -14,7 +14,7 @@ namespace headrace {
 namespace HEADRACE_ISA {
 
 static const Kernels kTable = {
-    rms_norm, quantize_row, quantize_twice, tile, unpack_panel, finish_row, widen_row, silu_gate,
+    rms_norm, quantize_coarse, quantize_fine, tile, unpack_panel, finish, widen_row, silu_gate,
     read_bytes, multiply_floats, multiply_bytes,
     find_peak, weigh, keep_heavy,
     append_heads, convert_row, attend_few, attend_tile, attend_double, merge_pieces,

@@ -1,107 +1,78 @@
-// linear: a tile of activations times a panel of 16 weight rows, for every weight format.
+// linear: rows of activations times two panels of 16 weight rows, for every weight format.
 // Wins: everywhere a matrix is read once (decode) and, tile by tile, in prefill without AMX.
-// Schedule: a panel streams once, in order; lanes are weight rows, so no sum across lanes; the codes of 32 columns are
-//   expanded once and meet 1..8 activation rows; int32 dots are scaled into fp32 accumulators per 32 columns.
-// Zero points cost nothing: the int32 accumulator starts at -zero * (sum of the activations).
+// Schedule: lanes are weight rows, so no sum across lanes. A tile is a few tokens x one panel or two: word by word of
+//   32 columns, codes are expanded once and meet all its tokens, an activation once fetched meets all its panels (dots.h);
+//   the exact sums of 32 columns are then scaled into fp32 accumulators. Panels stay in cache while all tokens pass.
+// Zero points cost one shift: an integer sum starts at -zero * (sum of the activations).
 #pragma once
 #include "cached.h"
+#include "dots.h"
 #include "kernels.h"
 
 namespace headrace {
 namespace HEADRACE_ISA {
 
+#define HEADRACE_INLINE inline __attribute__((always_inline))
+
 constexpr int kWords = 8;  // 8 words of 4 columns are a step of 32
 
-// ---- activations to int8
+// ---- activations to integers
 
-static void quantize_row(const float* x, int64_t n, int8_t* values, BlockRecord* records) {
-  for (int64_t b = 0; b < n / kBlock; ++b, x += kBlock, values += kBlock) {
+template <class A> static void quantize(const float* x, int64_t n, int8_t* values, BlockRecord* records) {
+  constexpr float kLargest = A::kTop, kSmallest = 1e-33f;  // below it the inverse would be infinite
+  for (int64_t b = 0; b < n / kBlock; ++b, x += kBlock, values += A::kBytes) {
     Floats low = load(x), high = load(x + kLanes);
     float top = largest(maximum(absolute(low), absolute(high)));
-    float scale = top / 127.0f;
-    Floats inverse = broadcast(top > 0 ? 127.0f / top : 0.0f);
+    float scale = top / kLargest;
+    Floats inverse = broadcast(top > kSmallest ? kLargest / top : 0.0f);
     low = round_even(mul(low, inverse));
     high = round_even(mul(high, inverse));
-    float low_total = sum(low), high_total = sum(high);
-    if (low_total + high_total != low_total + high_total) {
-      // NOTE: int8 has no NaN: without this a NaN or an infinity would become a plausible number.
+    float low_total = sum(low), total = low_total + sum(high);
+    if (total != total) {
+      // NOTE: integers have no NaN: without this a NaN or an infinity would become a plausible number.
       records[b] = {NAN, NAN, 0, 0};
       continue;
     }
-    store_int8(values, low);
-    store_int8(values + kLanes, high);
-    auto low_sum = static_cast<int32_t>(low_total), high_sum = static_cast<int32_t>(high_total);
-    records[b] = {scale, scale * static_cast<float>(low_sum + high_sum), low_sum, high_sum};
+    A::put(values, low, high);
+    records[b] = {scale, scale * total, -static_cast<int32_t>(total), -static_cast<int32_t>(low_total)};
   }
 }
 
-static void quantize_twice(const float* x, int64_t n, int8_t* values, BlockRecord* records) {
-  quantize_row(x, n, values, records);
-  for (int64_t b = 0; b < n / kBlock; ++b) {
-    alignas(64) float lost[kBlock];
-    Floats scale = broadcast(-records[b].scale);
-    for (int i = 0; i < kBlock; i += kLanes)
-      store(lost + i, fma(load_int8(values + b * kBlock + i), scale, load(x + b * kBlock + i)));
-    quantize_row(lost, kBlock, values + n + b * kBlock, records + n / kBlock + b);
-  }
+static void quantize_coarse(const float* x, int64_t n, int8_t* values, BlockRecord* records) {
+  quantize<Coarse>(x, n, values, records);
+}
+static void quantize_fine(const float* x, int64_t n, int8_t* values, BlockRecord* records) {
+  quantize<Fine>(x, n, values, records);
 }
 
 // ---- codes
 
-template <int bits> static inline void expand(const uint8_t* p, Bytes code[kWords]) {
+// Left by n bits, or right by -n.
+template <int n> static inline Bytes moved(Bytes a) {
+  if constexpr (n > 0) return shift_left<n>(a);
+  if constexpr (n < 0) return shift_right<-n>(a);
+  return a;
+}
+
+// Word i of a step: the codes of columns 4 * i to 4 * i + 3 in every lane.
+template <int bits, int i> static inline Bytes expand(const uint8_t* p) {
   if constexpr (bits == 8) {
-    for (int i = 0; i < kWords; ++i) code[i] = load_bytes(p + 64 * i);
-    return;
-  }
-  if constexpr (bits >= 4) {
-    const Bytes nibble = broadcast_byte(15);
-    for (int i = 0; i < 4; ++i) {
-      Bytes both = load_bytes(p + 64 * i);
-      code[i] = bits_and(both, nibble);
-      code[i + 4] = bits_and(shift_right<4>(both), nibble);
+    return load_bytes(p + 64 * i);
+  } else {
+    Bytes code{};
+    if constexpr (bits >= 4) code = bits_and(moved<i < 4 ? 0 : -4>(load_bytes(p + i % 4 * 64)), broadcast_byte(15));
+    constexpr int rest_at = bits >= 4 ? 256 : 0;
+    if constexpr (bits == 6) {
+      Bytes twos = moved<4 - i % 4 * 2>(load_bytes(p + rest_at + i / 4 * 64));
+      code = bits_or(code, bits_and(twos, broadcast_byte(0x30)));
     }
-  }
-  constexpr int twos_at = bits >= 4 ? 256 : 0;
-  if constexpr (bits == 2 || bits == 3 || bits == 6) {
-    const Bytes two = broadcast_byte(bits == 6 ? 0x30 : 3);
-    for (int j = 0; j < 2; ++j) {
-      Bytes four = load_bytes(p + twos_at + 64 * j);
-      if constexpr (bits == 6) {
-        code[4 * j] = bits_or(code[4 * j], bits_and(shift_left<4>(four), two));
-        code[4 * j + 1] = bits_or(code[4 * j + 1], bits_and(shift_left<2>(four), two));
-        code[4 * j + 2] = bits_or(code[4 * j + 2], bits_and(four, two));
-        code[4 * j + 3] = bits_or(code[4 * j + 3], bits_and(shift_right<2>(four), two));
-      } else {
-        code[4 * j] = bits_and(four, two);
-        code[4 * j + 1] = bits_and(shift_right<2>(four), two);
-        code[4 * j + 2] = bits_and(shift_right<4>(four), two);
-        code[4 * j + 3] = bits_and(shift_right<6>(four), two);
-      }
+    if constexpr (bits < 4) code = bits_and(moved<-(i % 4 * 2)>(load_bytes(p + i / 4 * 64)), broadcast_byte(3));
+    if constexpr (bits == 3 || bits == 5) {
+      constexpr int place = bits - 1;
+      Bytes ones = moved<place - i>(load_bytes(p + (bits == 3 ? 128 : rest_at)));
+      code = bits_or(code, bits_and(ones, broadcast_byte(1 << place)));
     }
-  }
-  if constexpr (bits == 3 || bits == 5) {
-    constexpr int place = bits == 3 ? 2 : 4;
-    const Bytes one = broadcast_byte(1 << place);
-    Bytes eight = load_bytes(p + (bits == 3 ? 128 : 256));
-    if constexpr (place == 2) {
-      code[0] = bits_or(code[0], bits_and(shift_left<2>(eight), one));
-      code[1] = bits_or(code[1], bits_and(shift_left<1>(eight), one));
-      code[2] = bits_or(code[2], bits_and(eight, one));
-      code[3] = bits_or(code[3], bits_and(shift_right<1>(eight), one));
-      code[4] = bits_or(code[4], bits_and(shift_right<2>(eight), one));
-      code[5] = bits_or(code[5], bits_and(shift_right<3>(eight), one));
-      code[6] = bits_or(code[6], bits_and(shift_right<4>(eight), one));
-      code[7] = bits_or(code[7], bits_and(shift_right<5>(eight), one));
-    } else {
-      code[0] = bits_or(code[0], bits_and(shift_left<4>(eight), one));
-      code[1] = bits_or(code[1], bits_and(shift_left<3>(eight), one));
-      code[2] = bits_or(code[2], bits_and(shift_left<2>(eight), one));
-      code[3] = bits_or(code[3], bits_and(shift_left<1>(eight), one));
-      code[4] = bits_or(code[4], bits_and(eight, one));
-      code[5] = bits_or(code[5], bits_and(shift_right<1>(eight), one));
-      code[6] = bits_or(code[6], bits_and(shift_right<2>(eight), one));
-      code[7] = bits_or(code[7], bits_and(shift_right<3>(eight), one));
-    }
+    return code;
   }
 }
 
@@ -110,94 +81,150 @@ template <int bits> static inline void expand(const uint8_t* p, Bytes code[kWord
 template <int bits_, int zero_, bool table_, int group_, int sub_, bool has_min_> struct Quantized {
   static constexpr int bits = bits_, zero = zero_, group = group_, sub = sub_;
   static constexpr bool table = table_, has_min = has_min_;
-  static constexpr bool wide = bits == 8 || table;                 // codes above 127
-  static constexpr int start = wide ? zero - kWideZero : zero;     // what is left to subtract
+  static constexpr int width = table ? 8 : bits;  // of a code as it is multiplied
   static constexpr int subs = group == 256 ? group / sub * 16 : 0;
   static constexpr int sub_at = has_min ? 64 : 32;
   static constexpr int sub_min_at = sub_at + subs;
   static constexpr int codes_at = sub_min_at + (has_min ? subs : 0);
   static constexpr int steps = group / kBlock;
+  static constexpr int parts = sub == 16 ? 2 : 1;  // of a step, with a scale each
   static constexpr int bytes = codes_at + steps * step_bytes(bits);
 };
 
-template <class Q> static inline void expand_codes(const uint8_t* p, Bytes code[kWords]) {
-  expand<Q::bits>(p, code);
-  if constexpr (Q::table)
-    for (int i = 0; i < kWords; ++i) code[i] = lookup(kIq4Table, code[i]);
+template <class Q, int i> static inline Bytes expand_word(const uint8_t* p) {
+  Bytes code = expand<Q::bits, i>(p);
+  if constexpr (Q::table) code = lookup(kIq4Table, code);
+  return code;
 }
 
-template <class Q> static inline Ints dot_words(Ints acc, const Bytes* code, const int8_t* x, int words) {
-  for (int i = 0; i < words; ++i) acc = Q::wide ? dot4_wide(acc, code[i], x + 4 * i) : dot4(acc, code[i], x + 4 * i);
-  return acc;
-}
+// Scale (and min) of one part of a step: the fp16 one times the sub-scale.
+template <class Q> struct Scales {
+  Floats scale, min;
 
-// Scales (and mins) of one step: the fp16 one times the step's sub-scale.
-template <class Q> struct StepScales {
-  Floats low, high, min_low, min_high;  // high only where a scale spans 16 columns
-
-  StepScales(const uint8_t* group, Floats scale, Floats min, int step) : low(scale), high(scale), min_low(min), min_high(min) {
+  Scales(const uint8_t* group, int step, int part) {
+    scale = load_half(reinterpret_cast<const uint16_t*>(group));
+    min = Q::has_min ? load_half(reinterpret_cast<const uint16_t*>(group + 32)) : zero();
     if constexpr (Q::group == 256) {
-      constexpr int per_step = kBlock / Q::sub;
-      const auto* sub = reinterpret_cast<const int8_t*>(group + Q::sub_at) + step * per_step * 16;
-      low = mul(scale, load_int8(sub));
-      if constexpr (per_step == 2) high = mul(scale, load_int8(sub + 16));
-      if constexpr (Q::has_min) {
-        const auto* sub_min = reinterpret_cast<const int8_t*>(group + Q::sub_min_at) + step * per_step * 16;
-        Floats minus = sub_negative(min);
-        min_low = mul(minus, load_int8(sub_min));
-        if constexpr (per_step == 2) min_high = mul(minus, load_int8(sub_min + 16));
-      }
+      int place = (step * Q::parts + part) * 16;
+      scale = mul(scale, load_int8(reinterpret_cast<const int8_t*>(group + Q::sub_at + place)));
+      if constexpr (Q::has_min)
+        min = mul(sub(zero(), min), load_int8(reinterpret_cast<const int8_t*>(group + Q::sub_min_at + place)));
     }
   }
-  static Floats sub_negative(Floats a) { return sub(zero(), a); }
 };
 
-template <class Q> static inline Floats add_step(Floats acc, const Bytes* code, const StepScales<Q>& s, const int8_t* x,
-                                                 const BlockRecord& r) {
-  if constexpr (Q::sub == 16) {
-    Ints low = dot_words<Q>(broadcast_int(-Q::start * r.low_sum), code, x, 4);
-    Ints high = dot_words<Q>(broadcast_int(-Q::start * r.high_sum), code + 4, x + 16, 4);
-    acc = fma(to_floats(low), mul(s.low, broadcast(r.scale)), acc);
-    acc = fma(to_floats(high), mul(s.high, broadcast(r.scale)), acc);
-    if constexpr (Q::has_min) {
-      acc = fma(s.min_low, broadcast(r.scale * static_cast<float>(r.low_sum)), acc);
-      acc = fma(s.min_high, broadcast(r.scale * static_cast<float>(r.high_sum)), acc);
-    }
-  } else {
-    Ints dot = dot_words<Q>(broadcast_int(Q::start ? -Q::start * (r.low_sum + r.high_sum) : 0), code, x, kWords);
-    acc = fma(to_floats(dot), mul(s.low, broadcast(r.scale)), acc);
-    if constexpr (Q::has_min) acc = fma(s.min_low, broadcast(r.weighted_sum), acc);
-  }
-  return acc;
+// ---- the tile
+
+constexpr int log2_of(int n) { return n <= 1 ? 0 : 1 + log2_of(n / 2); }
+
+// What the sums of a part start at: -zero * (sum of its activations).
+template <class Q, class A> static inline Ints first_of(const BlockRecord& r, int part) {
+  constexpr int start = Q::zero - A::removed(Q::width);
+  if constexpr (start == 0) return broadcast_int(0);
+  int32_t sum = Q::parts == 1 ? r.minus_sum : part == 0 ? r.minus_low_sum : r.minus_sum - r.minus_low_sum;
+  return times_two_to<log2_of(start)>(broadcast_int(sum));
 }
 
-// The hardware follows a stream only to the end of its 4 KiB page; what comes after is asked for here, early enough to
-// cross memory while the steps between are computed.
-constexpr int64_t kAheadBytes = 4096;
-template <int bytes> static inline void fetch_ahead(const uint8_t* p) {
-  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + kAheadBytes + line);
+template <class Q> static inline Floats weighted_sum(const BlockRecord& r, int part) {
+  if (Q::parts == 1) return broadcast(r.weighted_sum);
+  return broadcast(-r.scale * static_cast<float>(part == 0 ? r.minus_low_sum : r.minus_sum - r.minus_low_sum));
 }
 
-// NOTE: one format's numbers of tokens all add in the same order, so a token's result does not depend on its neighbours.
-template <class Q, int tokens> static void quantized_tile(const TileArgs& a) {
-  Floats acc[tokens];
-  for (int t = 0; t < tokens; ++t) acc[t] = zero();
-  const uint8_t* group = a.panel;
-  int64_t block = 0;
-  for (int64_t g = 0; g < a.cols / Q::group; ++g, group += Q::bytes) {
-    Floats scale = load_half(reinterpret_cast<const uint16_t*>(group));
-    Floats min = Q::has_min ? load_half(reinterpret_cast<const uint16_t*>(group + 32)) : zero();
-    for (int s = 0; s < Q::steps; ++s, ++block) {
-      Bytes code[kWords];
-      if constexpr (tokens <= 2) fetch_ahead<Q::bytes / Q::steps>(group + s * (Q::bytes / Q::steps));
-      expand_codes<Q>(group + Q::codes_at + s * step_bytes(Q::bits), code);
-      StepScales<Q> scales(group, scale, min, s);
-      for (int t = 0; t < tokens; ++t)
-        acc[t] = add_step<Q>(acc[t], code, scales, a.values + t * a.values_stride + block * kBlock,
-                             a.records[t * a.records_stride + block]);
+template <int bytes> static HEADRACE_INLINE void fetch(const uint8_t* p) {
+  for (int line = 0; line < bytes; line += 64) __builtin_prefetch(p + line);
+}
+
+// Where a tile stands: a step of its panels and a block of its tokens.
+struct Place {
+  const uint8_t *group, *codes;
+  int step;
+  const int8_t* values;
+  const BlockRecord* records;
+};
+
+// Words i to last of a part. The codes of one word at a time: more would not fit the registers.
+template <class Q, class A, int i, int last, int tokens, int panels, class Sum>
+static HEADRACE_INLINE void add_words(Sum (&sums)[tokens][panels], const TileArgs& a, const Place& at) {
+  constexpr int part_words = kWords / Q::parts;
+  typename A::Codes code[panels];
+  for (int p = 0; p < panels; ++p)
+    code[p] = A::template prepare<Q::width>(expand_word<Q, i>(at.codes + p * a.panel_stride));
+  for (int t = 0; t < tokens; ++t) {
+    typename A::Factor x = A::load(at.values + t * a.values_stride, i);
+    for (int p = 0; p < panels; ++p) sums[t][p].template add<i % part_words, part_words>(code[p], x);
+  }
+  if constexpr (i < last) add_words<Q, A, i + 1, last>(sums, a, at);
+}
+
+template <class Q, class A, int part, int tokens, int panels>
+static HEADRACE_INLINE void add_part(Floats (&acc)[tokens][panels], const TileArgs& a, const Place& at) {
+  constexpr int part_words = kWords / Q::parts, first = part * part_words;
+  typename A::template Sum<Q::width> sums[tokens][panels];
+  for (int t = 0; t < tokens; ++t) {
+    Ints start = first_of<Q, A>(at.records[t * a.records_stride], part);
+    for (int p = 0; p < panels; ++p) sums[t][p].begin(start);
+  }
+  add_words<Q, A, first, first + part_words - 1>(sums, a, at);
+  for (int p = 0; p < panels; ++p) {
+    Scales<Q> w(at.group + p * a.panel_stride, at.step, part);
+    for (int t = 0; t < tokens; ++t) {
+      const BlockRecord& r = at.records[t * a.records_stride];
+      acc[t][p] = fma(to_floats(sums[t][p].total()), mul(w.scale, broadcast(r.scale)), acc[t][p]);
+      if constexpr (Q::has_min) acc[t][p] = fma(w.min, weighted_sum<Q>(r, part), acc[t][p]);
     }
   }
-  for (int t = 0; t < tokens; ++t) store(a.result + t * kPanelRows, acc[t]);
+}
+
+// NOTE: all numbers of tokens add in the same order, so a token's result does not depend on its neighbours.
+template <class Q, class A, int tokens, int panels> static void quantized_tile(const TileArgs& a) {
+  constexpr int step_size = step_bytes(Q::bits);
+  Floats acc[tokens][panels];
+  for (int t = 0; t < tokens; ++t)
+    for (int p = 0; p < panels; ++p) acc[t][p] = zero();
+  Place at{a.panel, a.panel + Q::codes_at, 0, a.values, a.records};
+  for (int64_t g = 0; g < a.cols / Q::group; ++g, at.group += Q::bytes, at.codes = at.group + Q::codes_at)
+    for (at.step = 0; at.step < Q::steps; ++at.step, at.codes += step_size, at.values += A::kBytes, ++at.records) {
+      if (a.ahead)
+        for (int p = 0; p < panels; ++p)
+          fetch<Q::bytes / Q::steps>(at.group + at.step * (Q::bytes / Q::steps) + p * a.panel_stride + a.ahead);
+      add_part<Q, A, 0>(acc, a, at);
+      if constexpr (Q::parts == 2) add_part<Q, A, 1>(acc, a, at);
+    }
+  for (int t = 0; t < tokens; ++t)
+    for (int p = 0; p < panels; ++p) store(a.result + t * kStripRows + p * kPanelRows, acc[t][p]);
+}
+
+static inline TileArgs skip_tokens(TileArgs a, int n) {
+  a.x += n * a.x_stride;
+  a.values += n * a.values_stride;
+  a.records += n * a.records_stride;
+  a.result += n * kStripRows;
+  a.tokens -= n;
+  a.ahead = 0;
+  return a;
+}
+
+static inline TileArgs skip_panels(TileArgs a, int n) {
+  a.panel += n * a.panel_stride;
+  a.result += n * kPanelRows;
+  a.panels -= n;
+  return a;
+}
+
+// What is left after whole tiles, in one of 1 .. most tokens.
+template <class Q, class A, int panels, int most> static void last_tile(const TileArgs& a) {
+  if (a.tokens == most) return quantized_tile<Q, A, most, panels>(a);
+  if constexpr (most > 1) last_tile<Q, A, panels, most - 1>(a);
+}
+
+template <class Q, class A, int panels> static void quantized_panels(TileArgs a) {
+  for (; a.tokens > A::kTokens; a = skip_tokens(a, A::kTokens)) quantized_tile<Q, A, A::kTokens, panels>(a);
+  last_tile<Q, A, panels, A::kTokens>(a);
+}
+
+template <class Q, class A> static void quantized_strip(TileArgs a) {
+  for (; a.panels >= kTilePanels; a = skip_panels(a, kTilePanels)) quantized_panels<Q, A, kTilePanels>(a);
+  if (a.panels) a.panel_stride = 0, quantized_panels<Q, A, kTilePanels>(a);
 }
 
 // ---- float panels
@@ -223,7 +250,7 @@ template <class P, int tokens> static void float_tile(const TileArgs& a) {
   }
   if (k < a.cols)
     for (int t = 0; t < tokens; ++t) even[t] = fma(P::at(a.panel, k), broadcast(a.x[t * a.x_stride + k]), even[t]);
-  for (int t = 0; t < tokens; ++t) store(a.result + t * kPanelRows, add(even[t], odd[t]));
+  for (int t = 0; t < tokens; ++t) store(a.result + t * kStripRows, add(even[t], odd[t]));
 }
 
 // Pairs of columns lie together: even ones are the low half of each 32-bit lane.
@@ -239,41 +266,41 @@ template <int tokens> static void bf16_tile(const TileArgs& a) {
       acc[t][1] = fma(odd, broadcast(k + 1 < a.cols ? x[1] : 0.0f), acc[t][1]);
     }
   }
-  for (int t = 0; t < tokens; ++t) store(a.result + t * kPanelRows, add(acc[t][0], acc[t][1]));
+  for (int t = 0; t < tokens; ++t) store(a.result + t * kStripRows, add(acc[t][0], acc[t][1]));
 }
 
 struct AsBf16Panel {};
 struct Float32Panel {};
 struct Float16Panel {};
 
-template <class F, int tokens> struct Tile {
-  static void run(const TileArgs& a) { quantized_tile<F, tokens>(a); }
-};
-template <int tokens> struct Tile<Float32Panel, tokens> {
+template <class F, int tokens> struct FloatTile;
+template <int tokens> struct FloatTile<Float32Panel, tokens> {
   static void run(const TileArgs& a) { float_tile<Panel32, tokens>(a); }
 };
-template <int tokens> struct Tile<Float16Panel, tokens> {
+template <int tokens> struct FloatTile<Float16Panel, tokens> {
   static void run(const TileArgs& a) { float_tile<Panel16, tokens>(a); }
 };
-template <int tokens> struct Tile<AsBf16Panel, tokens> {
+template <int tokens> struct FloatTile<AsBf16Panel, tokens> {
   static void run(const TileArgs& a) { bf16_tile<tokens>(a); }
 };
 
-static inline TileArgs skip_tokens(TileArgs a, int n) {
-  a.x += n * a.x_stride;
-  a.values += n * a.values_stride;
-  a.records += n * a.records_stride;
-  a.result += n * kPanelRows;
-  a.tokens -= n;
-  return a;
+template <class F> static void float_panel(TileArgs a) {
+  for (; a.tokens >= 8; a = skip_tokens(a, 8)) FloatTile<F, 8>::run(a);
+  if (a.tokens >= 4) FloatTile<F, 4>::run(a), a = skip_tokens(a, 4);
+  if (a.tokens >= 2) FloatTile<F, 2>::run(a), a = skip_tokens(a, 2);
+  if (a.tokens) FloatTile<F, 1>::run(a);
 }
 
-template <class F> static void tile_of(TileArgs a) {
-  for (; a.tokens >= 8; a = skip_tokens(a, 8)) Tile<F, 8>::run(a);
-  if (a.tokens >= 4) Tile<F, 4>::run(a), a = skip_tokens(a, 4);
-  if (a.tokens >= 2) Tile<F, 2>::run(a), a = skip_tokens(a, 2);
-  if (a.tokens) Tile<F, 1>::run(a);
-}
+template <class F> struct Strip {
+  static void run(TileArgs a) {
+    for (; a.panels; a = skip_panels(a, 1)) float_panel<F>(a);
+  }
+};
+template <int bits, int zero, bool table, int group, int sub, bool has_min>
+struct Strip<Quantized<bits, zero, table, group, sub, has_min>> {
+  using Q = Quantized<bits, zero, table, group, sub, has_min>;
+  static void run(const TileArgs& a) { a.fine ? quantized_strip<Q, Fine>(a) : quantized_strip<Q, Coarse>(a); }
+};
 
 // Calls f with the tag of the format.
 template <class F> static inline void with_format(WeightFormat format, F f) {
@@ -297,37 +324,28 @@ template <class F> static inline void with_format(WeightFormat format, F f) {
 }
 
 static void tile(WeightFormat format, const TileArgs& a) {
-  with_format(format, [&](auto tag) { tile_of<decltype(tag)>(a); });
+  with_format(format, [&](auto tag) { Strip<decltype(tag)>::run(a); });
 }
 
 // ---- panels to floats, for exact precision and for wide tiles
 
-// NOTE: inlined, gcc 12 at -O3 takes the whole of unpack_quantized for a function without effect (Q2_K, AVX-512) and
-// deletes it.
-template <class Q> __attribute__((noinline)) static void unpack_words(const Bytes* code, Floats scale, Floats min, float* out) {
-  for (int i = 0; i < 4; ++i)
-    for (int b = 0; b < 4; ++b, out += kPanelRows) {
-      Floats w = mul(scale, sub(byte_of_lanes(code[i], b), broadcast(static_cast<float>(Q::zero))));
-      if constexpr (Q::has_min) w = add(w, min);
-      store(out, w);
-    }
+template <class Q> static HEADRACE_INLINE void unpack_word(Bytes code, const Scales<Q>& w, float* out) {
+  for (int b = 0; b < 4; ++b) {
+    Floats v = mul(w.scale, sub(byte_of_lanes(code, b), broadcast(static_cast<float>(Q::zero))));
+    store(out + b * kPanelRows, Q::has_min ? add(v, w.min) : v);
+  }
+}
+
+template <class Q, int i> static HEADRACE_INLINE void unpack_words(const uint8_t* group, int step, float* out) {
+  constexpr int part_words = kWords / Q::parts;
+  Bytes code = expand_word<Q, i>(group + Q::codes_at + step * step_bytes(Q::bits));
+  unpack_word<Q>(code, Scales<Q>(group, step, i / part_words), out + i * 4 * kPanelRows);
+  if constexpr (i + 1 < kWords) unpack_words<Q, i + 1>(group, step, out);
 }
 
 template <class Q> static void unpack_quantized(const uint8_t* group, int64_t cols, float* out) {
-  for (int64_t g = 0; g < cols / Q::group; ++g, group += Q::bytes) {
-    Floats scale = load_half(reinterpret_cast<const uint16_t*>(group));
-    Floats min = Q::has_min ? load_half(reinterpret_cast<const uint16_t*>(group + 32)) : zero();
-    for (int s = 0; s < Q::steps; ++s, out += kBlock * kPanelRows) {
-      Bytes code[kWords];
-      expand_codes<Q>(group + Q::codes_at + s * step_bytes(Q::bits), code);
-      StepScales<Q> scales(group, scale, min, s);
-      unpack_words<Q>(code, scales.low, scales.min_low, out);
-      if constexpr (Q::sub == 16)
-        unpack_words<Q>(code + 4, scales.high, scales.min_high, out + 16 * kPanelRows);
-      else
-        unpack_words<Q>(code + 4, scales.low, scales.min_low, out + 16 * kPanelRows);
-    }
-  }
+  for (int64_t g = 0; g < cols / Q::group; ++g, group += Q::bytes)
+    for (int s = 0; s < Q::steps; ++s, out += kBlock * kPanelRows) unpack_words<Q, 0>(group, s, out);
 }
 
 template <class F> struct Unpack {
@@ -354,14 +372,20 @@ static void unpack_panel(WeightFormat format, const uint8_t* panel, int64_t cols
   with_format(format, [&](auto tag) { Unpack<decltype(tag)>::run(panel, cols, out); });
 }
 
-// One token's 16 results to where they belong: + bias + residual, n of them valid.
-static void finish_row(const float* result, const float* bias, const float* residual, void* out, DType type, int n) {
-  Floats y = load(result);
-  if (bias) y = add(y, load_first<AsFloat>(bias, n));
-  if (residual) y = add(y, load_first<AsFloat>(residual, n));
-  with_element(type, [&](auto tag) {
+// Results to where they belong: + bias + residual.
+static void finish(const FinishArgs& a) {
+  with_element(a.type, [&](auto tag) {
     using E = decltype(tag);
-    store_first<E>(static_cast<typename E::type*>(out), y, n);
+    for (int p = 0; p < a.rows; p += kPanelRows) {
+      int n = a.rows - p;  // 16 or more: all
+      Floats bias = a.bias ? load_first<AsFloat>(a.bias + p, n) : zero();
+      for (int t = 0; t < a.tokens; ++t) {
+        Floats y = load(a.result + t * kStripRows + p);
+        if (a.bias) y = add(y, bias);
+        if (a.residual) y = add(y, load_first<AsFloat>(a.residual + t * a.residual_stride + p, n));
+        store_first<E>(static_cast<typename E::type*>(a.out) + t * a.out_stride + p, y, n);
+      }
+    }
   });
 }
 

@@ -1,10 +1,13 @@
-"""linear on the CPU: packed panels of 16 weight rows against tiles of up to 8 activation rows.
+"""linear on the CPU: strips of two packed panels of 16 weight rows against tiles of a few activation rows.
 
-Native: linear.h, weight.h.
+Native: linear.h, dots.h, weight.h.
 
-Quantized weights meet activations in one int8 or two (`precision`), a scale per 32 columns, int32 sums between scales;
-float weights meet float32. Wins always. Bound: at one token the weights' bytes, each read once and in order; with many
-tokens the dot instructions, of which 8 of 11 multiply.
+Quantized weights meet activations as integers of 8 or 16 bits (`precision`), a scale per 32 columns, exact sums
+between scales; float weights meet float32. Wins always. Bound: at one token the weights' bytes, each read once and in
+order; with many tokens the dot instructions. With AVX-512 a block of 32 columns is 8 of them per token and panel (of 16
+bits 16), and two float instructions on the same ports, three with a min: of the int8 roof at most 80 and 73 %, and of
+its half, which is what 16 bits leave, 89 and 84 %. Measured from cache, 32 tokens, Q4_0 and Q4_1: 76 and 69 %, 86 and
+81 % (Zen 4, 2026-11-21).
 """
 
 from __future__ import annotations

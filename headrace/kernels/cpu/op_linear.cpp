@@ -1,5 +1,5 @@
-// linear as an op. Phase 0: activations normed and to int8 or bf16, once for all parts. Phase 1: a chunk is a strip, two
-// panels: multiplied panel by panel, or over AMX tiles where there are any and tokens enough.
+// linear as an op. Phase 0: activations normed and to integers or bf16, once for all parts. Phase 1: a chunk is a strip,
+// two panels: multiplied as packed, or over AMX tiles where there are any and tokens enough.
 // Of few rows every thread makes its own copy instead: that takes less than one thread working while the others wait.
 #include <algorithm>
 
@@ -11,6 +11,9 @@ namespace {
 constexpr int64_t kRowsPerChunk = 4;
 constexpr int64_t kFewestStripTokens = 16;
 constexpr int64_t kTileColumns = 32;
+constexpr int64_t kTileTokens = 32;  // whose results wait together, in the first level of cache
+constexpr int64_t kFewTokens = 8;    // for which 16-bit panels are not widened
+constexpr int64_t kAheadBytes = 4096;
 
 struct Item {
   LinearPart part;
@@ -28,7 +31,7 @@ class Linear : public Op {
     int64_t rows = x->shape[0], cols = x->shape[1];
     if (quantize_) {
       values_ = out(runner.buffer(DType::i8, x->rows_kind, {rows, passes_ * cols}));
-      records_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, passes_ * (cols / kBlock) * 4}));
+      records_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, cols / kBlock * 4}));
     }
     if (norm_ || x->dtype != DType::f32) wide_ = out(runner.buffer(DType::f32, x->rows_kind, {rows, cols}));
     prepares_ = quantize_ || wide_ || (kernels.strip_block && !exact_);
@@ -87,9 +90,7 @@ class Linear : public Op {
     for (const auto& item : items_) {
       if (strip < strips_of(item)) {
         if (tiles_fit(item, tokens)) return run_tiles(item, strip, tokens, worker);
-        for (int64_t p = 2 * strip; p < std::min(2 * strip + 2, item.part.weight->panels()); ++p)
-          run_panel(item, p, tokens, worker);
-        return;
+        return run_panels(item, strip, tokens, worker);
       }
       strip -= strips_of(item);
     }
@@ -118,7 +119,7 @@ class Linear : public Op {
   }
 
   Rows own_rows(Worker& worker) const {
-    int64_t cols = (x_->cols() + kBlock - 1) / kBlock * kBlock, blocks = passes_ * cols / kBlock;
+    int64_t cols = (x_->cols() + kBlock - 1) / kBlock * kBlock, blocks = cols / kBlock;
     char* memory = worker.kept(kRowsPerChunk * (4 * cols + passes_ * cols + blocks * static_cast<int64_t>(sizeof(BlockRecord))));
     auto* floats = reinterpret_cast<float*>(memory);
     auto* records = reinterpret_cast<BlockRecord*>(floats + kRowsPerChunk * cols);
@@ -129,7 +130,7 @@ class Linear : public Op {
 
   void prepare_rows(const Rows& rows, int64_t begin, int64_t end, int64_t tokens) {
     int64_t cols = x_->cols();
-    auto quantize = passes_ == 2 ? kernels_.quantize_twice : kernels_.quantize_row;
+    auto quantize = passes_ == 2 ? kernels_.quantize_fine : kernels_.quantize_coarse;
     for (int64_t i = begin; i < end; ++i) {
       float* row = rows.x + i * rows.x_stride;
       if (norm_) kernels_.rms_norm(x_->row(i), x_->dtype, norm_->at<float>(), row, DType::f32, cols, eps_);
@@ -147,59 +148,66 @@ class Linear : public Op {
     a.x_stride = rows.x_stride;
     if (quantize_) {
       a.values = rows.values + token * rows.values_stride;
-      a.values_stride = rows.values_stride / passes_;
+      a.values_stride = rows.values_stride;
       a.records = rows.records + token * rows.records_stride;
-      a.records_stride = rows.records_stride / passes_;
+      a.records_stride = rows.records_stride;
+      a.fine = passes_ == 2;
     }
     a.tokens = count;
     a.result = result;
     return a;
   }
 
-  // A panel as the tile kernel will read it: 16-bit and exact panels become fp32 once when many rows follow.
+  // A strip as the tile kernel will read it: 16-bit and exact panels become fp32 once when many rows follow.
   struct Source {
     WeightFormat format;
     const uint8_t* panel;
+    int64_t stride, ahead;
+    int panels;
   };
-  Source source(const PackedWeight& w, int64_t p, int64_t tokens, float* scratch) const {
+  Source source(const PackedWeight& w, int64_t strip, int64_t tokens, float* scratch) const {
+    int panels = static_cast<int>(std::min<int64_t>(2, w.panels() - 2 * strip));
     bool quantized = format_info(w.format).bits > 0;
-    bool widen = quantized ? exact_ : w.format != WeightFormat::F32 && tokens > kMaxTile;
-    if (!widen) return {w.format, w.panel(p)};
-    kernels_.unpack_panel(w.format, w.panel(p), w.cols, scratch);
-    return {WeightFormat::F32, reinterpret_cast<const uint8_t*>(scratch)};
+    bool widen = quantized ? exact_ : w.format != WeightFormat::F32 && tokens > kFewTokens;
+    if (!widen) return {w.format, w.panel(2 * strip), w.panel_stride, ahead_of(w), panels};
+    int64_t panel_floats = (w.cols + 1) * kPanelRows;
+    for (int i = 0; i < panels; ++i)
+      kernels_.unpack_panel(w.format, w.panel(2 * strip + i), w.cols, scratch + i * panel_floats);
+    return {WeightFormat::F32, reinterpret_cast<const uint8_t*>(scratch), panel_floats * 4, 0, panels};
   }
 
-  void run_panel(const Item& item, int64_t p, int64_t tokens, Worker& worker) {
-    int64_t panel_floats = (x_->cols() + 1) * kPanelRows;
-    auto* scratch = reinterpret_cast<float*>(worker.scratch(2 * panel_floats * 4));
-    Source gate = source(*item.part.weight, p, tokens, scratch);
-    Source up = item.up ? source(*item.up, p, tokens, scratch + panel_floats) : Source{};
+  // The hardware follows a stream only to the end of its 4 KiB page; what comes after is asked for early enough to
+  // cross memory while the steps between are computed. Two short panels read side by side end at once: then it is the
+  // next two.
+  static int64_t ahead_of(const PackedWeight& w) { return std::min<int64_t>(kAheadBytes, 2 * w.panel_stride); }
+
+  void run_panels(const Item& item, int64_t strip, int64_t tokens, Worker& worker) {
+    int64_t strip_floats = (x_->cols() + 1) * kStripRows;
+    auto* scratch = reinterpret_cast<float*>(worker.scratch(2 * strip_floats * 4));
+    Source gate = source(*item.part.weight, strip, tokens, scratch);
+    Source up = item.up ? source(*item.up, strip, tokens, scratch + strip_floats) : Source{};
     const Rows x = rows(worker, tokens);
-    alignas(64) float result[kMaxTile * kPanelRows], second[kMaxTile * kPanelRows];
-    for (int64_t t = 0; t < tokens; t += kMaxTile / passes_) {
-      int count = static_cast<int>(std::min<int64_t>(kMaxTile / passes_, tokens - t));
+    alignas(64) float result[kTileTokens * kStripRows], second[kTileTokens * kStripRows];
+    for (int64_t t = 0; t < tokens; t += kTileTokens) {
+      int count = static_cast<int>(std::min(kTileTokens, tokens - t));
       TileArgs a = tile_args(x, t, count, result);
       multiply(a, gate);
       if (item.up) {
         a.result = second;
         multiply(a, up);
-        kernels_.silu_gate(result, second, result, count * kPanelRows);
+        kernels_.silu_gate(result, second, result, count * kStripRows);
       }
-      finish(item.part, p, t, count, result);
+      finish(item.part, strip, t, count, result);
+      gate.ahead = up.ahead = 0;
     }
   }
 
-  // Both parts of a row quantized twice are rows of the tile, added here; float panels know one row per token.
   void multiply(TileArgs a, const Source& source) const {
     a.panel = source.panel;
-    int parts = format_info(source.format).bits ? passes_ : 1;
-    a.tokens *= parts;
+    a.panel_stride = source.stride;
+    a.panels = source.panels;
+    a.ahead = source.ahead;
     kernels_.tile(source.format, a);
-    if (parts == 1) return;
-    for (int i = 0; i < a.tokens / 2 * kPanelRows; ++i) {
-      int row = i / kPanelRows, lane = i % kPanelRows;
-      a.result[i] = a.result[2 * row * kPanelRows + lane] + a.result[(2 * row + 1) * kPanelRows + lane];
-    }
   }
 
   // The two panels of a strip as bf16 tiles.
@@ -235,7 +243,7 @@ class Linear : public Op {
         multiply(a, up, second);
         kernels_.silu_gate(result, second, result, kStripRows * kStripTokens);
       }
-      finish_strip(item.part, strip, t, std::min<int64_t>(kStripTokens, tokens - t), result);
+      finish(item.part, strip, t, static_cast<int>(std::min<int64_t>(kStripTokens, tokens - t)), result);
     }
   }
 
@@ -266,24 +274,21 @@ class Linear : public Op {
     return a;
   }
 
-  void finish_strip(const LinearPart& part, int64_t strip, int64_t token, int64_t count, const float* result) {
-    for (int half = 0; half < 2; ++half) {
-      int64_t first = (2 * strip + half) * kPanelRows;
-      if (first >= part.weight->rows) return;
-      for (int64_t i = 0; i < count; ++i) finish_row(part, first, token + i, result + i * kStripRows + half * kPanelRows);
+  void finish(const LinearPart& part, int64_t strip, int64_t token, int count, const float* result) const {
+    int64_t first = strip * kStripRows;
+    FinishArgs a{};
+    a.result = result;
+    a.bias = part.bias ? part.bias->at<float>() + first : nullptr;
+    if (part.residual) {
+      a.residual = part.residual->row_as<float>(token) + first;
+      a.residual_stride = part.residual->row_stride();
     }
-  }
-
-  void finish_row(const LinearPart& part, int64_t first, int64_t token, const float* result) {
-    int valid = static_cast<int>(std::min<int64_t>(kPanelRows, part.weight->rows - first));
-    const float* bias = part.bias ? part.bias->at<float>() + first : nullptr;
-    const float* residual = part.residual ? part.residual->row_as<float>(token) + first : nullptr;
-    char* y = part.out->row(token) + first * part.out->item_bytes();
-    kernels_.finish_row(result, bias, residual, y, part.out->dtype, valid);
-  }
-
-  void finish(const LinearPart& part, int64_t p, int64_t token, int count, const float* result) {
-    for (int i = 0; i < count; ++i) finish_row(part, p * kPanelRows, token + i, result + i * kPanelRows);
+    a.out = part.out->row(token) + first * part.out->item_bytes();
+    a.type = part.out->dtype;
+    a.out_stride = part.out->row_stride();
+    a.tokens = count;
+    a.rows = static_cast<int>(std::min<int64_t>(kStripRows, part.weight->rows - first));
+    kernels_.finish(a);
   }
 
   const Kernels& kernels_;

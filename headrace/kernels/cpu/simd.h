@@ -139,6 +139,7 @@ static inline Floats load_uint8(const uint8_t* p) {
 }
 
 static inline Ints broadcast_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+template <int n> static inline Ints times_two_to(Ints a) { return {_mm512_maskz_slli_epi32(kAllLanes, a.v, n)}; }
 static inline Floats to_floats(Ints a) { return {_mm512_maskz_cvtepi32_ps(kAllLanes, a.v)}; }
 
 static inline Bytes load_bytes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -169,9 +170,6 @@ static inline Ints dot4(Ints acc, Bytes u, const int8_t* four) {
   memcpy(&word, four, 4);
   return {_mm512_dpbusd_epi32(acc.v, u.v, _mm512_set1_epi32(word))};
 }
-// The same for codes above 127. `kWideZero` is what has been subtracted from u by this instruction set's way of doing it.
-constexpr int kWideZero = 0;
-static inline Ints dot4_wide(Ints acc, Bytes u, const int8_t* four) { return dot4(acc, u, four); }
 
 #elif defined(HEADRACE_AVX2)
 
@@ -261,6 +259,7 @@ static inline Floats load_uint8(const uint8_t* p) {
 }
 
 static inline Ints broadcast_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+template <int n> static inline Ints times_two_to(Ints a) { return {_mm256_slli_epi32(a.low, n), _mm256_slli_epi32(a.high, n)}; }
 static inline Floats to_floats(Ints a) { return {_mm256_cvtepi32_ps(a.low), _mm256_cvtepi32_ps(a.high)}; }
 
 static inline Bytes load_bytes(const uint8_t* p) {
@@ -302,19 +301,6 @@ static inline Ints dot4(Ints acc, Bytes u, const int8_t* four) {
   __m256i x = _mm256_set1_epi32(word), ones = _mm256_set1_epi16(1);
   return {_mm256_add_epi32(acc.low, _mm256_madd_epi16(_mm256_maddubs_epi16(u.low, x), ones)),
           _mm256_add_epi32(acc.high, _mm256_madd_epi16(_mm256_maddubs_epi16(u.high, x), ones))};
-}
-// Codes above 127 would saturate: subtract 128 and give the sign to the other factor (which is never -128).
-constexpr int kWideZero = 128;
-static inline __m256i dot_signed(__m256i acc, __m256i u, __m256i x) {
-  __m256i w = _mm256_xor_si256(u, _mm256_set1_epi8(static_cast<char>(0x80)));
-  __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
-}
-static inline Ints dot4_wide(Ints acc, Bytes u, const int8_t* four) {
-  int32_t word;
-  memcpy(&word, four, 4);
-  __m256i x = _mm256_set1_epi32(word);
-  return {dot_signed(acc.low, u.low, x), dot_signed(acc.high, u.high, x)};
 }
 
 #else  // portable: the plain loops
@@ -422,13 +408,15 @@ static inline Bytes lookup(const uint8_t table[16], Bytes nibbles) {
   for (int i = 0; i < 64; ++i) nibbles.v[i] = table[nibbles.v[i] & 15];
   return nibbles;
 }
+template <int n> static inline Ints times_two_to(Ints a) {
+  for (int i = 0; i < kLanes; ++i) a.v[i] *= 1 << n;
+  return a;
+}
 static inline Ints dot4(Ints acc, Bytes u, const int8_t* four) {
   for (int i = 0; i < kLanes; ++i)
     for (int j = 0; j < 4; ++j) acc.v[i] += static_cast<int32_t>(u.v[4 * i + j]) * four[j];
   return acc;
 }
-constexpr int kWideZero = 0;
-static inline Ints dot4_wide(Ints acc, Bytes u, const int8_t* four) { return dot4(acc, u, four); }
 
 #endif
 
