@@ -91,6 +91,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int | None = None
     ignore_eos: bool = False
+    speculate: int = 0  # tokens guessed from earlier text and verified in one step; the answer stays the same
     stop: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -101,6 +102,7 @@ class SamplingParams:
             raise ArgumentError(f"stop: expected strings of at least one character, got {self.stop!r}")
         _whole(self, "max_tokens", 1)
         _whole(self, "top_k", 0)
+        _whole(self, "speculate", 0)
         if self.seed is not None:
             _whole(self, "seed", 0)
         _within(self, "temperature", 0.0, math.inf)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from headrace.config import EngineConfig, SamplingParams
+from headrace.engine.draft import DraftModel
 from headrace.engine.engine import Engine
 from headrace.engine.request import Request
 from headrace.errors import ArgumentError, ModelFileError
@@ -115,7 +116,8 @@ class LLM:
     of keys and values holds, float32, float16, bfloat16, float8_e4m3fn, int8 or int4. max_requests: that are computed
     at once, each with a context of its own. kv_cache_bytes: what they share; None for all contexts, but at most half of
     the machine's memory, which is taken only as far as it is used. packed: weights that `headrace pack` has kept on
-    disk are mapped when there ("auto"), not at all ("never"), or must be there ("require").
+    disk are mapped when there ("auto"), not at all ("never"), or must be there ("require"). draft_model: a smaller
+    model with the same tokens, which guesses for requests that ask for it (`SamplingParams.speculate`).
     Raises SourceError, ModelFileError, UnsupportedError, ArgumentError.
     """
 
@@ -129,6 +131,7 @@ class LLM:
         chunk_len: int = 512,
         max_requests: int = EngineConfig.max_requests,
         kv_cache_bytes: int | None = None,
+        draft_model: str | Path | None = None,
         packed: str = "auto",
         offline: bool = False,
         progress: Progress | None = None,
@@ -155,10 +158,23 @@ class LLM:
             weights = load_weights(file, self.config, self.pool, progress, kept=find_packed(file, packed))
         self.threads = self.pool.num_threads
         self.bytes_per_token = weights.bytes_per_token
-        self._engine: Engine | None = Engine(weights, self.config, options, self.pool)
+        drafts = None if draft_model is None else self._load_drafts(str(draft_model), options, offline)
+        self._engine: Engine | None = Engine(weights, self.config, options, self.pool, drafts)
         self.context_len = self.engine.context_len
         self.load_s = perf_counter() - started
         self._template: ChatTemplate | None = None
+
+    def _load_drafts(self, model: str, options: EngineConfig, offline: bool) -> DraftModel:
+        with open_gguf(resolve(model, offline=offline)) as file:
+            config, tokenizer = load_config(file), Tokenizer.from_metadata(file.metadata)
+            num_tokens, vocab_size = self.config.vocab_size, config.vocab_size
+            if vocab_size != num_tokens or tokenizer.end_ids != self.tokenizer.end_ids:
+                raise ArgumentError(
+                    f"draft_model: expected a model with the same {num_tokens} tokens, got {vocab_size}"
+                )
+            context_len = min(self.config.context_len, config.context_len, options.context_len or config.context_len)
+            weights = load_weights(file, config, self.pool)
+        return DraftModel(weights, config, replace(options, context_len=context_len), self.pool)
 
     @property
     def engine(self) -> Engine:

@@ -23,7 +23,7 @@ from headrace.bench.report import document, table
 from headrace.bench.roofline import measured_machine
 from headrace.bench.step_parts import NOTHING, Part, StepModel, StepSize, step_model, step_parts
 from headrace.engine.request import Request
-from headrace.engine.sampler import draw
+from headrace.engine.sampler import Row, draw
 from headrace.engine.sequence import CachedSequence, NewTokens, run_step
 from headrace.errors import UnsupportedError
 from headrace.machine import Machine
@@ -275,7 +275,7 @@ class _Replay:
         started = perf_counter()
         self._fill()
         self.logits = self.runner.run()  # the same memory each time
-        draw(self.logits, [self.request])
+        draw(self.logits, [Row(self.request)])
         return perf_counter() - started
 
     def timed(self) -> list[float]:
@@ -285,7 +285,7 @@ class _Replay:
         filled = perf_counter()
         program = self.runner.run_timed()
         ran = perf_counter()
-        draw(self.logits, [self.request])
+        draw(self.logits, [Row(self.request)])
         drawn = perf_counter()
         return [drawn - started, filled - started, drawn - ran, *(seconds for _, seconds in program)]
 

@@ -15,28 +15,35 @@ from headrace.config import EngineConfig, ModelConfig, SamplingParams
 from headrace.engine.pace import Pace
 from headrace.engine.request import Request
 from headrace.engine.runner import MAX_OUTPUTS, Runner
-from headrace.engine.sampler import draw
+from headrace.engine.sampler import Row, draw
 from headrace.engine.scheduler import Part, Scheduler
 from headrace.engine.sequence import CachedSequence, NewTokens, run_step
+from headrace.engine.speculative import Drafts, Guesser, num_accepted
 from headrace.errors import ArgumentError, PromptTooLongError
 from headrace.kernels.cpu import _native as native
-from headrace.kv_cache.pages import PagePool, pages_needed
+from headrace.kv_cache.pages import PagePool
 from headrace.kv_cache.prefix import PrefixCache
-from headrace.kv_cache.storage import bytes_per_token
-from headrace.machine import this_machine
+from headrace.kv_cache.storage import pages_that_fit
 from headrace.models.layers import ModelWeights
 from headrace.ops.sampling import logits_hash
 
 
 class Engine:
-    """Runs requests on one model. Not for several threads at once."""
+    """Runs requests on one model. Not for several threads at once. drafts: a smaller model that guesses for it."""
 
-    def __init__(self, weights: ModelWeights, config: ModelConfig, engine: EngineConfig, pool: native.Pool) -> None:
+    def __init__(
+        self,
+        weights: ModelWeights,
+        config: ModelConfig,
+        engine: EngineConfig,
+        pool: native.Pool,
+        drafts: Drafts | None = None,
+    ) -> None:
         self.context_len = engine.context_len or config.context_len
         self.config = config
         self.chunk_len = engine.chunk_len
         self.page_size = engine.page_size
-        num_pages = _num_pages(config, engine, self.context_len)
+        num_pages = pages_that_fit(config, engine, self.context_len)
         self.pool = PagePool(num_pages)
         self.prefixes = PrefixCache(self.pool, engine.page_size)
         self.runner = Runner(weights, config, engine, pool, num_pages)
@@ -45,9 +52,10 @@ class Engine:
             self.prefixes,
             self.runner.storage.copy_page,
             page_size=engine.page_size,
-            step_tokens=engine.chunk_len,
+            step_tokens=max(engine.chunk_len, engine.max_requests),
             step_requests=engine.max_requests,
         )
+        self.guesser = Guesser(drafts, len(self.runner.batch.output_rows))
         self._pace = Pace()
         self._drawn_from: dict[Request, np.ndarray] = {}  # rows of the last step's logits
 
@@ -84,23 +92,38 @@ class Engine:
     def step(self) -> list[Request]:
         """Computes the next step; the requests that got a token from it, some of them finished now."""
         started = perf_counter()
+        self.guesser.prepare(self.scheduler.running, self._pace)
         parts = self.scheduler.plan(self._pace.prompt_tokens(len(self.scheduler.running)))
         if not parts:
             return []
         logits = run_step(self.runner, self.pool, [_new_tokens(part) for part in parts])
-        drawing = [part.request for part in parts if part.draws]
-        tokens = draw(logits, drawing) if drawing else []
-        self._drawn_from = dict(zip(drawing, logits, strict=True))
+        tokens = self._draw(logits, parts)
         seconds = perf_counter() - started
         for part in parts:
             part.request.add_seconds(seconds)
-        answers = sum(part.count == 1 for part in parts)
+        self.guesser.learn(parts, tokens, seconds, self._pace)
+        answers = sum(part.count <= part.num_outputs for part in parts)
         self._pace.observe(answers, sum(part.count for part in parts) - answers, seconds)
         self.scheduler.commit(parts, tokens)
+        drawing = [part.request for part in parts if part.num_outputs]
         for request in drawing:
             if request.finish_reason:
                 self._note_hash(request)
         return drawing
+
+    def _draw(self, logits: np.ndarray, parts: Sequence[Part]) -> list[list[int]]:
+        """The next tokens of each part: those it guessed right and one more; none in the middle of a prompt."""
+        rows = [Row(part.request, ahead) for part in parts for ahead in _beginnings(part)]
+        drawn = draw(logits, rows) if rows else []
+        tokens, first = list[list[int]](), 0
+        self._drawn_from = {}
+        for part in parts:
+            mine = drawn[first : first + part.num_outputs]
+            tokens.append(mine[: num_accepted(part.request.guesses[: part.num_outputs - 1], mine) + 1])
+            if mine:
+                self._drawn_from[part.request] = logits[first + len(tokens[-1]) - 1]
+            first += part.num_outputs
+        return tokens
 
     def run(self, request: Request) -> Generator[int, None, None]:
         """Adds the request; its tokens as they are drawn. Closing the iterator stops it.
@@ -143,23 +166,16 @@ class Engine:
             request.logits_hash = logits_hash(row)
 
 
-def _num_pages(config: ModelConfig, engine: EngineConfig, context_len: int) -> int:
-    """Of the whole cache. Pages take memory only when they are first written."""
-    page_bytes = engine.page_size * bytes_per_token(config, engine.kv_dtype)
-    if engine.kv_cache_bytes is not None:
-        if engine.kv_cache_bytes < page_bytes:
-            raise ArgumentError(
-                f"kv_cache_bytes: expected at least {page_bytes}, one page of {engine.page_size} tokens, "
-                f"got {engine.kv_cache_bytes}"
-            )
-        return engine.kv_cache_bytes // page_bytes
-    one = pages_needed(context_len, engine.page_size)
-    return max(one, min(engine.max_requests * one, this_machine().memory_bytes // 2 // page_bytes))
-
-
 def _new_tokens(part: Part) -> NewTokens:
-    first = len(part.request.sequence.ids)
-    return NewTokens(part.request.sequence, part.request.ids[first : first + part.count], int(part.draws))
+    request, first = part.request, len(part.request.sequence.ids)
+    ids = request.ids[first : first + part.count]
+    guesses = request.guesses[: part.count - len(ids)]
+    return NewTokens(request.sequence, [*ids, *guesses], part.num_outputs)
+
+
+def _beginnings(part: Part) -> list[tuple[int, ...]]:
+    """The guesses before each of the part's outputs."""
+    return [tuple(part.request.guesses[:i]) for i in range(part.num_outputs)]
 
 
 def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:

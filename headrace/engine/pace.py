@@ -24,18 +24,18 @@ class Pace:
             return
         if not prompt_tokens:
             self._step_s[answers] = _blend(self._step_s.get(answers), seconds)
-        elif (alone := self._alone_s(answers)) is not None:
+        elif (alone := self.step_s(answers)) is not None:
             self._token_s = _blend(self._token_s, max(seconds - alone, 0.0) / prompt_tokens)
 
     def prompt_tokens(self, answers: int) -> int:
         """Tokens of prompts for a step with so many answers, one at least."""
-        alone = self._alone_s(answers)
+        alone = self.step_s(answers)
         if alone is None or not self._token_s:
             return _FIRST_TOKENS
         return max(1, int((_MOST_SLOWDOWN - 1) * alone / self._token_s))
 
-    def _alone_s(self, answers: int) -> float | None:
-        """Of the nearest number of answers that was measured."""
+    def step_s(self, answers: int) -> float | None:
+        """Seconds of a step of answers alone, by the nearest number of them that was measured."""
         nearest = min(self._step_s, key=lambda count: abs(count - answers), default=None)
         return None if nearest is None else self._step_s[nearest]
 

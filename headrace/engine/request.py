@@ -28,6 +28,9 @@ class Request:
     nodes: list[Node] = field(default_factory=list)  # of its full pages, in the prefix cache
     copies: list[Request] = field(default_factory=list)
     seed: int = -1
+    guesses: list[int] = field(default_factory=list)  # of the tokens behind its text, for the next step
+    num_guessed: int = 0
+    num_accepted: int = 0
     num_preemptions: int = 0
     reused_len: int = 0  # prompt tokens whose keys were in the cache already
     prefill_s: float = 0.0

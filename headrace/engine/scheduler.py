@@ -21,11 +21,14 @@ from headrace.kv_cache.prefix import Node, PrefixCache
 
 @dataclass(frozen=True)
 class Part:
-    """What a request gets in a step: its next `count` tokens. `draws`: the last of them gives its next one."""
+    """What a request gets in a step: its next `count` tokens, its guesses included.
+
+    The last `num_outputs` of them give logits: that of its text, and those of its guesses.
+    """
 
     request: Request
     count: int
-    draws: bool
+    num_outputs: int
 
 
 class Scheduler:
@@ -75,15 +78,17 @@ class Scheduler:
     def plan(self, prompt_tokens: int) -> list[Part]:
         """The next step. While requests answer, prompts get at most `prompt_tokens` of it."""
         self._promised = 0
-        answering = sum(request.pending_len == 1 for request in self.running)
+        answering = sum(1 + len(request.guesses) for request in self.running if request.pending_len == 1)
+        assert answering <= self._step_tokens, f"{answering} tokens for a step of {self._step_tokens}"
         budget = self._step_tokens - answering
         if answering:
             budget = min(budget, prompt_tokens)
         parts = list[Part]()
         for request in list(self.running):
-            count = 1 if request.pending_len == 1 else min(request.pending_len, budget)
+            answers = request.pending_len == 1
+            count = 1 + len(request.guesses) if answers else min(request.pending_len, budget)
             if count and request in self.running and self._make_room(request, count):
-                budget -= count if request.pending_len > 1 else 0
+                budget -= 0 if answers else count
                 parts.append(_part(request, count))
         while budget > 0 and self.waiting and len(self.running) < self._step_requests:
             if not self._admit(self.waiting[0]):
@@ -96,14 +101,18 @@ class Scheduler:
             parts.append(_part(request, count))
         return parts
 
-    def commit(self, parts: Sequence[Part], tokens: Sequence[int]) -> None:
-        """What a step came to: its parts are computed, and `tokens` were drawn for those that draw, in order."""
-        drawn = iter(tokens)
-        for part in parts:
+    def commit(self, parts: Sequence[Part], tokens: Sequence[Sequence[int]]) -> None:
+        """What a step came to: its parts are computed, and each has so many tokens more, none while in its prompt."""
+        for part, drawn in zip(parts, tokens, strict=True):
             request = part.request
+            for token in drawn:
+                request.commit(token)
+                if request.finish_reason:
+                    break
+            if drawn:  # what was computed of wrong guesses is not of the text
+                request.sequence.forget(len(request.ids) - 1, self._pool, self._page_size)
             self._publish(request)
-            if part.draws:
-                request.commit(next(drawn))
+            if drawn:
                 self._start_copies(request)
             if request.finish_reason:
                 self.running.remove(request)
@@ -193,7 +202,7 @@ class Scheduler:
         self._publish(request)
         self._publish_end(request)
         request.sequence.forget(0, self._pool, self._page_size)
-        request.nodes = []
+        request.nodes, request.guesses = [], []
 
     def _start_copies(self, request: Request) -> None:
         if request.copies:
@@ -203,4 +212,4 @@ class Scheduler:
 
 
 def _part(request: Request, count: int) -> Part:
-    return Part(request, count, count == request.pending_len)
+    return Part(request, count, max(0, count - request.pending_len + 1))

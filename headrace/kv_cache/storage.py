@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headrace.config import KV_DTYPES, ModelConfig
+from headrace.config import KV_DTYPES, EngineConfig, ModelConfig
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import Fixed, as_tensor, numpy_dtype, zeros
+from headrace.kv_cache.pages import pages_needed
+from headrace.machine import this_machine
 from headrace.ops.kv_formats import FORMAT_OF_DTYPE, FORMATS, KVFormat
 
 _LINE_BYTES = 64
@@ -75,6 +77,20 @@ def allocate(config: ModelConfig, *, num_pages: int, page_size: int, dtype: str 
         return LayerPages(*(_view(block[:, i, first:], *part) for first, part in zip(ends, parts, strict=False)))
 
     return Storage(tuple(layer(i) for i in range(config.num_layers)), page_size, dtype, block)
+
+
+def pages_that_fit(config: ModelConfig, engine: EngineConfig, context_len: int) -> int:
+    """How many pages a cache may have. Pages take memory only when they are first written."""
+    page_bytes = engine.page_size * bytes_per_token(config, engine.kv_dtype)
+    if engine.kv_cache_bytes is not None:
+        if engine.kv_cache_bytes < page_bytes:
+            raise ArgumentError(
+                f"kv_cache_bytes: expected at least {page_bytes}, one page of {engine.page_size} tokens, "
+                f"got {engine.kv_cache_bytes}"
+            )
+        return engine.kv_cache_bytes // page_bytes
+    one = pages_needed(context_len, engine.page_size)
+    return max(one, min(engine.max_requests * one, this_machine().memory_bytes // 2 // page_bytes))
 
 
 def bytes_per_token(config: ModelConfig, dtype: str = "float16") -> int:
