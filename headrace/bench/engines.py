@@ -29,7 +29,7 @@ class Engine:
     kind: str
     way: str
     process: PeerProcess
-    fill_rate: float = 0.0  # tokens/s it computed last
+    fill_rate: float = 0.0  # the most tokens/s of a prompt it has shown
     held: list[int] = field(default_factory=list)
 
     def ask(self, call: str, *given: Any) -> Any:
@@ -59,7 +59,7 @@ class Engine:
         started = perf_counter()
         value = self.ask(call, ids)
         if num_tokens >= _TELLING_LEN:
-            self.fill_rate = num_tokens / (perf_counter() - started)
+            self.fill_rate = max(self.fill_rate, num_tokens / (perf_counter() - started))
         return value
 
 

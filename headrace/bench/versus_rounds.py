@@ -1,7 +1,7 @@
 """Measuring a row: all engines in turns, round after round, with a plain read of memory among them.
 
-An unmeasured round warms up. Where a round takes long there are fewer of them, and where one alone exceeds the row's
-time that one is the measurement. A sample of decode ends after its tokens or after `LIMIT_S`.
+An unmeasured round warms up. An engine whose samples take long gives fewer; where the first one alone exceeds its part
+of the row's time, that one is the measurement. A sample of decode ends after its tokens or after `LIMIT_S`.
 """
 
 from __future__ import annotations
@@ -44,39 +44,42 @@ class Row:
         self.samples: dict[str, list[float]] = {}
         self.failed: dict[str, str] = {}
 
-    def take(self, samplers: Mapping[str, Sampler], first: int, kept: bool) -> None:
-        """One sample of each that has not failed, beginning with the one whose turn it is."""
+    def take(self, samplers: Mapping[str, Sampler], first: int) -> dict[str, float]:
+        """One sample of each that has not failed, beginning with the one whose turn it is; the seconds they took."""
         names = [name for name in samplers if name not in self.failed]
         start = first % len(names) if names else 0
+        taken_s = {}
         for name in names[start:] + names[:start]:
+            begin = perf_counter()
             try:
-                sample = samplers[name]()
+                self.samples.setdefault(name, []).append(samplers[name]())
             except PeerFailed as failed:
                 self.failed[name] = str(failed)
-                continue
-            if kept:
-                self.samples.setdefault(name, []).append(sample)
+            taken_s[name] = perf_counter() - begin
+        return taken_s
 
     def found(self) -> dict[str, Found]:
         """NOTE: an engine that failed in a later round has no figures: what it gave before is not comparable."""
         read = self.samples.get(READ)
         middle = Spread.of(read).median if read else None
-        spreads = {name: Spread.of(taken) for name, taken in self.samples.items() if name not in (READ, *self.failed)}
+        spreads = {
+            name: Spread.of(taken) for name, taken in self.samples.items() if taken and name not in (READ, *self.failed)
+        }
         found = {name: Found(spread, read=middle) for name, spread in spreads.items()}
         return found | {name: Found(why_not=why) for name, why in self.failed.items() if name != READ}
 
 
 def rounds(samplers: Mapping[str, Sampler], row_s: float | None = None) -> Row:
-    """As many rounds as fit into the row's time, REPEAT at most."""
-    row, begin = Row(), perf_counter()
-    row_s = ROW_S if row_s is None else row_s
-    row.take(samplers, 0, kept=True)
-    round_s = perf_counter() - begin
-    count = min(REPEAT, int(row_s / max(round_s, 1e-9)) - 1)
-    if count >= 1:
-        row.samples.clear()  # the first one warmed up
-    for number in range(count):
-        row.take(samplers, number + 1, kept=True)
+    """REPEAT rounds; of an engine that takes long, as many samples as fit into its part of the row's time."""
+    row = Row()
+    part_s = (ROW_S if row_s is None else row_s) / max(len(samplers), 1)
+    taken_s = row.take(samplers, 0)
+    counts = {name: min(REPEAT, int(part_s / max(seconds, 1e-9))) for name, seconds in taken_s.items()}
+    for name, count in counts.items():
+        if count and name in row.samples:
+            row.samples[name].clear()  # the first one warmed up
+    for number in range(REPEAT):
+        row.take({name: sampler for name, sampler in samplers.items() if number < counts[name]}, number + 1)
     return row
 
 

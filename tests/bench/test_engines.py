@@ -38,17 +38,18 @@ def engine(process: Any) -> Engine:
 def test_a_cache_that_would_take_too_long_to_fill_is_not_filled(
     process: Asked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engines, "FILL_S", 1.0)
+    seconds = iter(range(100))
+    monkeypatch.setattr(engines, "FILL_S", 10.0)
+    monkeypatch.setattr(engines, "perf_counter", lambda: float(next(seconds)))  # everything takes a second
     one = engine(process)
     one.hold([1] * 16)
-    one.fill_rate = 100.0
-    one.hold([1] * 116)  # a hundred more
-    one.fill_rate = 100.0
-    with pytest.raises(PeerFailed, match="filling 300 tokens would take 2 s"):
-        one.hold([1] * 300)
-    assert process.asked == ["hold", "hold"]
-    with pytest.raises(PeerFailed, match="filling 102 tokens would take 1 s"):
-        one.hold([2] * 102)  # another text is filled from its beginning
+    one.hold([1] * 116)  # a hundred more: 6 s at the speed of the first ones
+    one.hold([1] * 136)  # few at a time are slower, which is no reason to expect less of many
+    with pytest.raises(PeerFailed, match="filling 1200 tokens would take 11 s"):
+        one.hold([1] * 1200)
+    with pytest.raises(PeerFailed, match="filling 1002 tokens would take 10 s"):
+        one.hold([2] * 1002)  # another text is filled from its beginning
+    assert process.asked == ["hold"] * 3
 
 
 def test_few_tokens_tell_nothing_of_the_speed(process: Asked) -> None:

@@ -31,8 +31,10 @@ def test_rounds_fit_into_the_row(monkeypatch: pytest.MonkeyPatch) -> None:
         clock[0] += 10.0
         return 1.0
 
-    assert len(rounds({"a": sample}, row_s=35.0).samples["a"]) == 2  # after the one that warmed up
+    assert len(rounds({"a": sample}, row_s=35.0).samples["a"]) == 3  # besides the one that warmed up
     assert len(rounds({"a": sample}, row_s=1000.0).samples["a"]) == REPEAT
+    samples = rounds({"a": sample, "b": lambda: 2.0}, row_s=35.0).samples  # half of the time for each
+    assert len(samples["a"]) == 1 and len(samples["b"]) == REPEAT
 
 
 def test_an_engine_that_fails_is_out_and_said() -> None:
