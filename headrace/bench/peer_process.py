@@ -127,7 +127,9 @@ def module_command(*arguments: str, code: str = "") -> tuple[list[str], dict[str
     plain = ["-S"] if sys.flags.no_site else []
     what = ["-c", code] if code else ["-m"]
     places = os.pathsep.join(os.path.abspath(place) for place in sys.path)
-    return [sys.executable, *plain, *what, *arguments], {**os.environ, "PYTHONPATH": places}
+    # NOTE: without bytecode a checkout is compiled at every start, which installed packages never are.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return [sys.executable, *plain, *what, *arguments], {**inherited, "PYTHONPATH": places}
 
 
 class Server:

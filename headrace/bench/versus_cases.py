@@ -34,7 +34,7 @@ class Case:
             "decode": f"decode at {self.depth}",
             "batch": f"decode of {self.sequences} at {self.depth}",
             "start": "start to first token",
-            "load": "load",
+            "load": "load and first step",
             "memory": "peak memory",
             "accuracy": "KL from float32 weights",
         }

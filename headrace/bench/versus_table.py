@@ -76,7 +76,7 @@ def _lines(results: Results, case: Case) -> Iterator[list[str]]:
 
 def markdown_table(results: Results) -> str:
     """One line per row: ours, its share of the roof, and a ratio for each of the others."""
-    others = sorted({name for found in results.values() for name in found if name != OURS})
+    others = _columns({name for found in results.values() for name in found if name != OURS})
     lines = ["| | headrace | of roof | " + " | ".join(f"x {name}" for name in others) + " |"]
     lines.append("|---|---|---|" + "---|" * len(others))
     for case in results:
@@ -84,6 +84,12 @@ def markdown_table(results: Results) -> str:
         cells += [_cell(results, case, name) for name in others]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _columns(names: set[str]) -> list[str]:
+    """The engines' ways; an engine without its ways, as in its start, is in the columns of all of them."""
+    kinds = {name.partition(",")[0] for name in names if "," in name}
+    return sorted(names - kinds)
 
 
 def _our_cell(results: Results, case: Case) -> str:
@@ -103,6 +109,7 @@ def _roof_cell(results: Results, case: Case) -> str:
 
 
 def _cell(results: Results, case: Case, name: str) -> str:
+    name = name if name in results[case] else name.partition(",")[0]
     found = results[case].get(name)
     if found is None:
         return ""

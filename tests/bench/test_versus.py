@@ -65,7 +65,7 @@ def test_every_row_has_figures_or_a_reason(tmp_path: Path, capsys: pytest.Captur
     assert "too short" in rows.pop("decode at 5000")["headrace"]["why_not"]
     fakes = {"fake, slow way", "fake, fast way"}
     for name, found in rows.items():
-        fresh = name in ("start to first token", "load", "peak memory")
+        fresh = name in ("start to first token", "load and first step", "peak memory")
         assert set(found) == {"headrace"} | ({"fake"} if fresh else fakes), name
         assert all(figures.get("median", 0) > 0 for figures in found.values()), (name, found)
     assert rows["decode of 3 at 20"]["fake, fast way"]["over_one"] == pytest.approx(3**0.5)

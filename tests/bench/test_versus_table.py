@@ -46,6 +46,13 @@ def test_the_table_of_the_readme() -> None:
     ]
 
 
+def test_an_engine_without_its_ways_stands_in_the_columns_of_all() -> None:
+    ways = {name: of(50.0) for name in ("headrace", "other, fast", "other, slow")}
+    lines = markdown_table({ONE: ways, Case("start"): {"headrace": of(1.0), "other": of(3.0)}}).splitlines()
+    assert lines[0] == "| | headrace | of roof | x other, fast | x other, slow |"
+    assert lines[3] == "| start to first token, s | 1 |  | 3.00 | 3.00 |"
+
+
 def test_the_data() -> None:
     rows = json.loads(json.dumps(rows_data(RESULTS)))
     assert [row["row"] for row in rows] == [str(case) for case in RESULTS]
