@@ -85,12 +85,14 @@ class LlamaCpp:
         self._context: Any = None
         self._batch = llama_cpp.llama_batch_init(_BATCH_LEN, 0, 1)
         self._held: list[int] = []
-        self._filled = 0
+        self._filled: list[int] = []  # by the first sequences of a batch
+        self._num_filled = 0
 
     def arrange(self, context_len: int, sequences: int) -> None:
         if self._context:
             self._lib.llama_free(self._context)
-        self._context, self._held, self._room = None, [], (context_len, sequences)
+        self._context, self._held, self._filled, self._num_filled = None, [], [], 0
+        self._room = (context_len, sequences)
 
     def _opened(self) -> Any:
         if self._context is None:
@@ -122,7 +124,7 @@ class LlamaCpp:
         keep = min(len(ids), len(self._held)) if same is None else same
         self._forget(0, keep)
         self._compute(ids[keep:], keep)
-        self._held = ids
+        self._held, self._filled, self._num_filled = ids, [], 0
 
     def prefill(self, ids: list[int]) -> float:
         return len(ids) * self._speed(lambda: self._compute(ids, len(self._held)), 1, 0.0)
@@ -143,13 +145,15 @@ class LlamaCpp:
         return speed
 
     def fill(self, ids: list[int], sequences: int) -> None:
-        for sequence in range(sequences):
+        first = self._num_filled if ids == self._filled else 0
+        for sequence in range(first, sequences):
             self._forget(sequence, 0)
             self._compute(ids, 0, sequence)
-        self._filled = len(ids)
+        self._held, self._filled, self._num_filled = [], ids, max(first, sequences)
 
     def decode_batch(self, sequences: int, steps: int, limit_s: float) -> float:
-        positions = iter(range(self._filled, self._filled + steps))
+        depth = len(self._filled)
+        positions = iter(range(depth, depth + steps))
 
         def step() -> None:
             position = next(positions)
@@ -157,7 +161,7 @@ class LlamaCpp:
 
         speed = sequences * steps_per_s(step, steps, limit_s)
         for sequence in range(sequences):
-            self._forget(sequence, self._filled)
+            self._forget(sequence, depth)
         return speed
 
     def divergence(self, exact: str, ids: list[int]) -> list[float]:

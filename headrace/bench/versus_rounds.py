@@ -19,7 +19,7 @@ from headrace.bench.versus_cases import Case
 
 REPEAT = 5
 ROW_S = 45.0
-LIMIT_S = 0.7
+LIMIT_S = 0.5
 
 Sampler = Callable[[], float]
 
