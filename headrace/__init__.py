@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from headrace.async_llm import AsyncLLM, AsyncStream, Update
     from headrace.config import EngineConfig, ModelConfig, SamplingParams
     from headrace.errors import HeadraceError
     from headrace.llm import LLM, Completion, Piece, Timings
@@ -14,6 +15,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
+    "AsyncStream",
     "Completion",
     "EngineConfig",
     "HeadraceError",
@@ -21,12 +24,15 @@ __all__ = [
     "Piece",
     "SamplingParams",
     "Timings",
+    "Update",
     "__version__",
 ]
 
 # Where each public name lives: imported when first asked for, so that `import headrace` costs nothing.
 _HOMES = {
     "LLM": "headrace.llm",
+    "AsyncLLM": "headrace.async_llm",
+    "AsyncStream": "headrace.async_llm",
     "Completion": "headrace.llm",
     "EngineConfig": "headrace.config",
     "HeadraceError": "headrace.errors",
@@ -34,6 +40,7 @@ _HOMES = {
     "Piece": "headrace.llm",
     "SamplingParams": "headrace.config",
     "Timings": "headrace.llm",
+    "Update": "headrace.async_llm",
 }
 
 

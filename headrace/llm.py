@@ -105,7 +105,7 @@ class Stream:
     @property
     def completion(self) -> Completion:
         """The whole answer so far, with its timings."""
-        return self._llm._completion(self._request, "".join(self._shown))
+        return self._llm.completion(self._request, "".join(self._shown))
 
 
 class LLM:
@@ -206,9 +206,14 @@ class LLM:
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """The conversation as token ids, through the model's chat template."""
+        return self.tokenizer.encode(self.chat_template.render(messages), add_special=False)
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """What makes a prompt of a conversation; UnsupportedError where the file has none."""
         if self._template is None:
             self._template = ChatTemplate.from_metadata(self._metadata)
-        return self.tokenizer.encode(self._template.render(messages), add_special=False)
+        return self._template
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Logits at every position: float32 [tokens, vocab]."""
@@ -223,7 +228,8 @@ class LLM:
         request = self.engine.request(ids, params, self.tokenizer.end_ids)
         return Stream(self, request, TextStream(self.tokenizer, params.stop, continues=continues))
 
-    def _completion(self, request: Request, text: str) -> Completion:
+    def completion(self, request: Request, text: str) -> Completion:
+        """What a request has come to, with its timings; `text` is that of its tokens."""
         timings = _timings(self.load_s, request)
         read_bytes = self.bytes_per_token + self.kv_bytes_per_token * _mean_depth(request)
         gb_per_s = read_bytes * timings.decode_tokens_per_s / 1e9

@@ -16,6 +16,8 @@ def test_the_names_are_sorted_and_whole():
     assert headrace.__all__ == [*sorted(capitals), *sorted(classes), "__version__"]
     assert set(headrace.__all__) == {
         "LLM",
+        "AsyncLLM",
+        "AsyncStream",
         "Completion",
         "EngineConfig",
         "HeadraceError",
@@ -23,6 +25,7 @@ def test_the_names_are_sorted_and_whole():
         "Piece",
         "SamplingParams",
         "Timings",
+        "Update",
         "__version__",
     }
 

@@ -43,7 +43,12 @@ class TextStream:
         self._at_start = not continues
         self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""
-        self.stopped = False
+        self.matched: str | None = None  # the stop string that ended the text
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.matched is not None
 
     def push(self, token_id: int) -> str:
         """The text that can be shown now that `token_id` has come; often "", after a stop string always."""
@@ -67,10 +72,10 @@ class TextStream:
             return new_text
         text = self._held + new_text
         for position, character in enumerate(new_text, start=len(self._held) + 1):
-            completed = [len(watch.stop) for watch in self._watches if watch.step(character)]
+            completed = [watch.stop for watch in self._watches if watch.step(character)]
             if completed:
-                self.stopped, self._held = True, ""
-                return text[: position - max(completed)]
+                self.matched, self._held = max(completed, key=len), ""
+                return text[: position - len(self.matched)]
         num_shown = len(text) - max(watch.matched_len for watch in self._watches)
         self._held = text[num_shown:]
         return text[:num_shown]

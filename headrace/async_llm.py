@@ -1,0 +1,186 @@
+"""AsyncLLM: a model for asyncio, answering many at once.
+
+async with AsyncLLM("smollm2") as llm:
+    async for update in llm.chat_stream([{"role": "user", "content": "hi"}]):
+        print(update.text, end="")
+
+The engine has a thread of its own, which runs steps while there is work; readers make text of the tokens. One that
+leaves, or whose task is cancelled, gives its request's memory back; one that is slow gets more text at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from headrace.config import SamplingParams
+from headrace.engine.request import Request
+from headrace.engine.worker import Ticket, Worker
+from headrace.errors import HeadraceError
+from headrace.llm import LLM, Completion
+from headrace.text.stream import TextStream
+
+_DRAIN_PERIOD_S = 0.02
+
+
+@dataclass(frozen=True)
+class Update:
+    """What has come since the last one: text, which may be empty, and tokens. `finish_reason` comes with the last."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+
+
+class AsyncStream:
+    """Updates of an answer as they come. `completion` is what there is of it so far."""
+
+    def __init__(self, llm: AsyncLLM, request: Request, text: TextStream) -> None:
+        self.request = request
+        self.finish_reason: str | None = None
+        self.num_tokens = 0  # of the answer, up to the last update
+        self._llm, self._text = llm, text
+        self._shown: list[str] = []
+        self._ticket: Ticket | None = None
+        self._updates = self._run()
+
+    async def start(self) -> None:
+        """Queues the request. Raises CapacityError where it can never fit. Reading the updates does it too."""
+        if self._ticket is None:
+            self._ticket = self._llm._add(self.request)
+        while not self._ticket.accepted and self._ticket.state[1] is None:
+            await self._ticket.news()
+
+    def __aiter__(self) -> AsyncIterator[Update]:
+        return self._updates
+
+    @property
+    def text(self) -> str:
+        """All text up to the last update."""
+        return "".join(self._shown)
+
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._text.matched
+
+    @property
+    def completion(self) -> Completion:
+        """The answer up to the last update, with its timings."""
+        return self._llm.llm.completion(self.request, self.text)
+
+    def cancel(self) -> None:
+        """Stops the request and gives its memory back."""
+        if self._ticket is not None:
+            self._llm.worker.cancel(self._ticket)
+
+    async def aclose(self) -> None:
+        """Stops the request and ends the iterator."""
+        self.cancel()
+        await self._updates.aclose()
+
+    async def _run(self) -> AsyncGenerator[Update, None]:
+        try:
+            await self.start()
+            assert self._ticket is not None
+            while self.finish_reason is None:
+                count, reason = self._ticket.state
+                if count == self.num_tokens and reason is None:
+                    await self._ticket.news()
+                else:
+                    yield self._update(count, reason)
+        finally:
+            self.cancel()
+
+    def _update(self, count: int, reason: str | None) -> Update:
+        first, pieces = self.num_tokens, list[str]()
+        while self.num_tokens < count and not self._text.stopped:
+            self.num_tokens += 1
+            if reason != "stop" or self.num_tokens < count:  # the token that ended it is no text
+                pieces.append(self._text.push(self.request.token_ids[self.num_tokens - 1]))
+        if self._text.stopped:
+            reason = "stop"
+        elif reason:
+            pieces.append(self._text.finish())
+        self.finish_reason = reason
+        self._shown.append("".join(pieces))
+        return Update(self._shown[-1], self.request.token_ids[first : self.num_tokens], reason)
+
+
+class AsyncLLM:
+    """An LLM behind an engine thread. `options` are those of LLM; an open LLM is taken over and must not be used."""
+
+    def __init__(self, model: LLM | str | Path = "smollm2", **options: Any) -> None:
+        self.llm = model if isinstance(model, LLM) else LLM(model, **options)
+        self.worker = Worker(self.llm.engine)
+        self._closing = False
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await asyncio.to_thread(self.close)
+
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, add_special: bool = True
+    ) -> AsyncStream:
+        """The answer to a raw prompt, text or token ids, in updates. Checks happen here, work while it is read."""
+        ids = self.llm.tokenizer.encode(prompt, add_special=add_special) if isinstance(prompt, str) else prompt
+        return self._stream(ids, params, continues=True)
+
+    def chat_stream(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> AsyncStream:
+        """The assistant's answer to a conversation, in updates."""
+        return self._stream(self.llm.render(messages), params, continues=False)
+
+    async def generate(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, add_special: bool = True
+    ) -> Completion:
+        """The whole answer to a raw prompt. Cancelling the task stops it."""
+        return await _finished(self.stream(prompt, params, add_special=add_special))
+
+    async def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
+        """The whole answer to a conversation."""
+        return await _finished(self.chat_stream(messages, params))
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that wait or run."""
+        return self.worker.num_requests
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Takes nothing new, and waits for what runs; what has not ended by then is stopped. Whether all ended."""
+        self._closing = True
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        while self.num_requests and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(_DRAIN_PERIOD_S)
+        ended = not self.num_requests
+        self.worker.cancel_all()
+        return ended
+
+    def close(self) -> None:
+        """Stops what runs, ends the thread, and lets go of the model's memory. Closing again does nothing."""
+        self._closing = True
+        self.worker.stop()
+        self.llm.close()
+
+    def _stream(self, ids: Sequence[int], params: SamplingParams | None, *, continues: bool) -> AsyncStream:
+        params = params or SamplingParams()
+        request = self.llm.engine.request(ids, params, self.llm.tokenizer.end_ids)
+        return AsyncStream(self, request, TextStream(self.llm.tokenizer, params.stop, continues=continues))
+
+    def _add(self, request: Request) -> Ticket:
+        if self._closing:
+            raise HeadraceError("the model is being closed", "make a new AsyncLLM")
+        return self.worker.add(request)[0]
+
+
+async def _finished(stream: AsyncStream) -> Completion:
+    try:
+        async for _ in stream:
+            pass
+    finally:
+        await stream.aclose()
+    return stream.completion

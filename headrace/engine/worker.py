@@ -1,0 +1,213 @@
+"""A thread that drives an engine, and what readers on event loops see of it.
+
+The engine is not for several threads at once, so everything that touches it happens here, between steps. A step tells
+all readers of a loop with one call: how many tokens their requests have by now. Who reads slowly finds more of them at
+the next look; nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+from headrace.engine.engine import Engine
+from headrace.engine.request import Request
+from headrace.errors import HeadraceError
+
+Result = TypeVar("Result")
+
+
+class Ticket:
+    """A request as its reader sees it. Belongs to the event loop it was made on.
+
+    num_tokens, finish_reason: as of the last step. error: what ended it instead. changed: set when any of them changed.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self.loop = asyncio.get_running_loop()
+        self.changed = asyncio.Event()
+        self.state: tuple[int, str | None] = (0, None)
+        self.accepted = False
+        self.error: BaseException | None = None
+
+    async def news(self) -> tuple[int, str | None]:
+        """Number of tokens and finish reason, once something has changed. Raises what went wrong."""
+        await self.changed.wait()
+        self.changed.clear()
+        if self.error is not None:
+            raise self.error
+        return self.state
+
+
+class Worker:
+    """Runs steps while there is work, and sleeps otherwise. Its methods may be called from any event loop's thread."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.error: BaseException | None = None  # why it stopped for good
+        self.num_steps = 0
+        self._tickets: dict[Request, Ticket] = {}
+        self._inbox: list[Callable[[], None]] = []
+        self._news = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="headrace engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that wait or run."""
+        return len(self._tickets)
+
+    def add(self, request: Request) -> list[Ticket]:
+        """Queues a request; a ticket for it and one for each of its copies. A refusal comes as their error."""
+        tickets = [Ticket(each) for each in (request, *request.copies)]
+        self._tickets.update({ticket.request: ticket for ticket in tickets})
+        self._post(partial(self._add, request, tickets))
+        return tickets
+
+    def cancel(self, ticket: Ticket) -> None:
+        """Stops a request before the next step. One that has ended is left as it is."""
+        if self._tickets.pop(ticket.request, None) is not None:
+            self._post(partial(self.engine.cancel, ticket.request), needed=False)
+
+    def cancel_all(self) -> None:
+        """Stops every request; readers see the finish reason "cancelled"."""
+        self._post(self._cancel_all, needed=False)
+
+    def call(self, function: Callable[[], Result]) -> asyncio.Future[Result]:
+        """What `function` returns when it is called on the thread, between steps."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+
+        def called() -> None:
+            try:
+                result = function()
+            except Exception as error:
+                _call_on(loop, partial(_unless_left, future, future.set_exception, error))
+            else:
+                _call_on(loop, partial(_unless_left, future, future.set_result, result))
+
+        self._post(called)
+        return future
+
+    def stop(self) -> None:
+        """Ends the thread after the step that runs now; what still waits or runs is stopped."""
+        with self._news:
+            self._stopping = True
+            self._news.notify()
+        self._thread.join()
+
+    def _post(self, command: Callable[[], None], needed: bool = True) -> None:
+        with self._news:
+            if needed and (self._stopping or self.error):
+                raise HeadraceError("the engine has stopped") from self.error
+            self._inbox.append(command)
+            self._news.notify()
+
+    def _run(self) -> None:
+        try:
+            while self._await_work():
+                self._handle_inbox()
+                if self.engine.has_work:
+                    self._step()
+        except Exception as error:  # what should never happen must not leave readers waiting
+            with self._news:
+                self.error = error
+            self._fail(error)
+        else:
+            self._handle_inbox()
+            self._cancel_all()
+
+    def _await_work(self) -> bool:
+        with self._news:
+            while not (self._inbox or self._stopping or self.engine.has_work):
+                self._news.wait()
+            return not self._stopping
+
+    def _handle_inbox(self) -> None:
+        with self._news:
+            commands, self._inbox = self._inbox, []
+        for command in commands:
+            command()
+
+    def _step(self) -> None:
+        try:
+            requests = self.engine.step()
+        except Exception as error:
+            self._fail(error)
+            return
+        self.num_steps += 1
+        changed = []
+        for request in requests:
+            ticket = self._tickets.get(request)
+            if ticket is not None:
+                ticket.state = (len(request.token_ids), request.finish_reason)
+                changed.append(ticket)
+                if request.finish_reason:
+                    self._tickets.pop(request, None)
+        self._tell(changed)
+
+    def _add(self, request: Request, tickets: list[Ticket]) -> None:
+        if any(ticket.request not in self._tickets for ticket in tickets):
+            return  # cancelled meanwhile
+        try:
+            self.engine.add(request)
+            for ticket in tickets:
+                ticket.accepted = True
+        except HeadraceError as error:
+            for ticket in tickets:
+                ticket.error = error
+                self._tickets.pop(ticket.request, None)
+        self._tell(tickets)
+
+    def _cancel_all(self) -> None:
+        tickets = self._take_all()
+        for ticket in tickets:
+            self.engine.cancel(ticket.request)
+            ticket.state = (len(ticket.request.token_ids), ticket.request.finish_reason)
+        self._tell(tickets)
+
+    def _fail(self, error: Exception) -> None:
+        """Every reader learns of an error of the engine; it goes on without their requests."""
+        tickets = self._take_all()
+        for ticket in tickets:
+            ticket.error = error
+        self._tell(tickets)
+        for ticket in tickets:
+            self.engine.cancel(ticket.request)
+
+    def _take_all(self) -> list[Ticket]:
+        taken = [self._tickets.pop(request, None) for request in list(self._tickets)]
+        return [ticket for ticket in taken if ticket is not None]  # readers take theirs out meanwhile
+
+    def _tell(self, tickets: Iterable[Ticket]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
+        for ticket in tickets:
+            by_loop.setdefault(ticket.loop, []).append(ticket)
+        for loop, theirs in by_loop.items():
+            if not _call_on(loop, partial(_wake, theirs)):
+                for ticket in theirs:
+                    self.cancel(ticket)
+
+
+def _wake(tickets: list[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.changed.set()
+
+
+def _unless_left(future: asyncio.Future[Any], settle: Callable[[Any], None], outcome: Any) -> None:
+    if not future.done():
+        settle(outcome)
+
+
+def _call_on(loop: asyncio.AbstractEventLoop, call: Callable[[], None]) -> bool:
+    """False where the loop is closed: its readers are gone."""
+    try:
+        loop.call_soon_threadsafe(call)
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,220 @@
+"""Many readers of one model on event loops: each gets what it gets alone, whoever leaves, dawdles or fails."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace import LLM, AsyncLLM, HeadraceError, SamplingParams
+from headrace.check.fakes import write_tiny_model
+from headrace.errors import CapacityError, PromptTooLongError
+from headrace.kv_cache.pages import PagePool
+
+PROMPTS = ["a mill", "the water wheel turns", "x", "headrace " * 9, "tail and race", "the water was high"]
+PARAMS = SamplingParams(max_tokens=40, ignore_eos=True, temperature=1.0, seed=3)
+ENDLESS = SamplingParams(max_tokens=230, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
+
+
+@pytest.fixture(scope="module")
+def alone(path: Path) -> list[str]:
+    llm = LLM(path, kv_dtype="float32")
+    answers = [llm.generate(prompt, PARAMS).text for prompt in PROMPTS]
+    llm.close()
+    return answers
+
+
+@asynccontextmanager
+async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncLLM]:
+    async with AsyncLLM(path, kv_dtype="float32", **options) as llm:
+        yield llm
+        await until(lambda: not llm.worker.engine.has_work)
+        pool = llm.worker.engine.pool
+        await llm.worker.call(llm.worker.engine.prefixes.clear)
+        assert pool.num_free == pool.num_pages
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async def poll() -> None:
+        while not condition():
+            await asyncio.sleep(0.001)
+
+    await asyncio.wait_for(poll(), 10)
+
+
+def test_readers_beside_each_other_get_what_they_get_alone(path: Path, alone: list[str]) -> None:
+    async def main() -> None:
+        async with opened(path) as llm:
+            completions = await asyncio.gather(*(llm.generate(prompt, PARAMS) for prompt in PROMPTS))
+            assert [completion.text for completion in completions] == alone
+            assert {completion.finish_reason for completion in completions} == {"length"}
+
+    asyncio.run(main())
+
+
+def test_updates_are_the_completion_piece_by_piece(path: Path, alone: list[str]) -> None:
+    async def main() -> None:
+        async with opened(path) as llm:
+            stream = llm.stream(PROMPTS[1], PARAMS)
+            updates = [update async for update in stream]
+            assert "".join(update.text for update in updates) == stream.text == alone[1]
+            assert [token for update in updates for token in update.token_ids] == stream.completion.token_ids
+            assert [update.finish_reason for update in updates[:-1]] == [None] * (len(updates) - 1)
+            assert updates[-1].finish_reason == "length"
+
+    asyncio.run(main())
+
+
+def test_a_chat_ends_at_its_stop_string(path: Path) -> None:
+    messages = [{"role": "user", "content": "go on"}]
+    llm = LLM(path, kv_dtype="float32")
+    whole = llm.chat(messages, PARAMS).text
+    llm.close()
+    stop = whole[3:5]
+
+    async def main() -> None:
+        async with opened(path) as llm:
+            stream = llm.chat_stream(messages, SamplingParams(**{**vars(PARAMS), "stop": (stop,)}))
+            text = "".join([update.text async for update in stream])
+            assert text == whole[: whole.index(stop)]
+            assert (stream.finish_reason, stream.matched_stop) == ("stop", stop)
+            assert (await llm.chat(messages, PARAMS)).text == whole
+
+    asyncio.run(main())
+
+
+def test_a_reader_that_dawdles_holds_up_nobody_and_misses_nothing(path: Path, alone: list[str]) -> None:
+    async def main() -> None:
+        async with opened(path) as llm:
+            slow = llm.stream(PROMPTS[0], PARAMS)
+            updates = aiter(slow)
+            first = await anext(updates)
+            assert (await llm.generate(PROMPTS[1], PARAMS)).text == alone[1]
+            await until(lambda: not llm.num_requests)
+            rest = [update async for update in updates]
+            assert first.text + "".join(update.text for update in rest) == alone[0]
+            assert len(rest) == 1  # the newest state is enough
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("leave", ["break", "aclose", "cancel", "at once"])
+def test_who_leaves_gives_back_what_was_taken(path: Path, leave: str) -> None:
+    async def read(stream: Any, started: asyncio.Event) -> None:
+        async for _ in stream:
+            started.set()
+            if leave == "break":
+                break
+
+    async def main() -> None:
+        async with opened(path) as llm:
+            stream, started = llm.stream("a mill", ENDLESS), asyncio.Event()
+            task = asyncio.create_task(read(stream, started))
+            if leave != "at once":
+                await started.wait()
+            if leave == "aclose":
+                stream.cancel()
+            if leave in ("cancel", "at once", "aclose"):
+                task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            del stream, task
+            gc.collect()
+            await until(lambda: not llm.num_requests and not llm.worker.engine.has_work)
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_done_is_refused_when_it_is_asked_for(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path, kv_cache_bytes=2 * 64 * 512) as llm:
+            with pytest.raises(PromptTooLongError):
+                llm.stream("x" * 300)
+            with pytest.raises(CapacityError):
+                await llm.stream("x" * 200).start()
+            with pytest.raises(CapacityError):
+                await llm.generate("x" * 200)
+            assert (await llm.generate("x", SamplingParams(max_tokens=1))).finish_reason == "length"
+
+    asyncio.run(main())
+
+
+def test_an_error_of_the_engine_reaches_every_reader_and_the_next_is_served(
+    path: Path, alone: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        async with opened(path) as llm:
+            streams = [llm.stream(prompt, ENDLESS) for prompt in PROMPTS]
+            for stream in streams:
+                await anext(aiter(stream))
+            with monkeypatch.context() as patch:
+                patch.setattr(PagePool, "allocate", _broken)
+                ended = await asyncio.gather(*(_read(stream) for stream in streams), return_exceptions=True)
+            assert [str(each) for each in ended] == ["no such page"] * len(streams)
+            assert (await llm.generate(PROMPTS[0], PARAMS)).text == alone[0]
+
+    asyncio.run(main())
+
+
+def _broken(*_: object) -> list[int]:
+    raise RuntimeError("no such page")
+
+
+async def _read(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+def test_draining_lets_those_end_that_run_and_takes_no_more(path: Path, alone: list[str]) -> None:
+    async def main() -> None:
+        async with opened(path) as llm:
+            task = asyncio.create_task(llm.generate(PROMPTS[0], PARAMS))
+            await until(lambda: llm.num_requests == 1)
+            assert await llm.drain(10)
+            assert (await task).text == alone[0]
+            with pytest.raises(HeadraceError, match="being closed"):
+                await llm.generate("more")
+
+    asyncio.run(main())
+
+
+def test_draining_stops_what_takes_too_long(path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as llm:
+            task = asyncio.create_task(llm.generate("x", ENDLESS))
+            await until(lambda: llm.num_requests == 1)
+            assert not await llm.drain(0)
+            assert (await task).finish_reason == "cancelled"
+
+    asyncio.run(main())
+
+
+def test_closing_tells_those_who_wait(path: Path) -> None:
+    async def main() -> None:
+        llm = AsyncLLM(path)
+        task = asyncio.create_task(llm.generate("x", ENDLESS))
+        await until(lambda: llm.num_requests == 1)
+        await asyncio.to_thread(llm.close)
+        assert (await task).finish_reason == "cancelled"
+        llm.close()
+
+    asyncio.run(main())
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    import threading
+
+    before = threading.active_count()
+    yield
+    names = [thread.name for thread in threading.enumerate()]
+    assert names.count("headrace engine") == 0, before
