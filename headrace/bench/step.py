@@ -1,7 +1,7 @@
 """`headrace bench model --explain`: where a step's time goes, op by op, beside the least the machine allows.
 
-A step is filling the batch, one replay of the recorded program, and drawing a token. It is repeated as it stands, the
-same tokens at the same places. Its ops and itself are averaged over the same steps, the middle half by their time:
+A step is filling the batch, one replay of the recorded program, and taking the token drawn. It is repeated as it is,
+the same tokens at the same places. Its ops and itself are averaged over the same steps, the middle half by their time:
 medians of ops would not add up. In turns with these run steps that are only timed as a whole: what timing ops costs.
 
 The least time of an op is that of its bytes at the read roof of the model's working set, or that of its arithmetic at
@@ -23,7 +23,7 @@ from headrace.bench.report import document, table
 from headrace.bench.roofline import measured_machine
 from headrace.bench.step_parts import NOTHING, Part, StepModel, StepSize, step_model, step_parts
 from headrace.engine.request import Request
-from headrace.engine.sampler import Row, draw
+from headrace.engine.sampler import Row
 from headrace.engine.sequence import CachedSequence, NewTokens, run_step
 from headrace.errors import UnsupportedError
 from headrace.machine import Machine
@@ -234,10 +234,9 @@ def _explained(llm: LLM, model: StepModel, roofs: Roofs, replay: _Replay, repeat
         untimed.append(replay.untimed())
         timed.append(replay.timed())
     replay.forget()
-    wall_s, fill_s, draw_s, *program_s = middle_means(timed)
+    wall_s, python_s, *program_s = middle_means(timed)
     parts = step_parts(llm.engine.runner.program.op_names, model, size)
-    draw = Part("sampling", "sample", Traffic(4 * llm.config.vocab_size, 0))
-    measured = [(Part("batch", "Python", NOTHING), fill_s), *zip(parts, program_s, strict=True), (draw, draw_s)]
+    measured = [(Part("batch", "Python", NOTHING), python_s), *zip(parts, program_s, strict=True)]
     ops = tuple(OpTime(part, *roofs.seconds(part.traffic), seconds) for part, seconds in measured)
     phase = "decode" if size.tokens == 1 else "prefill"
     return ExplainedStep(phase, size, ops, wall_s, median(untimed), repeat)
@@ -260,35 +259,35 @@ class _Replay:
         self.sequence = CachedSequence()
         for first in range(0, len(before), llm.engine.chunk_len):
             self._compute(before[first : first + llm.engine.chunk_len])
-        self._compute(ids)  # the step that is replayed
-        self.request = Request([*before, *ids], greedy(1))
+        self.logits = self._compute(ids)  # of the step that is replayed
+        self.rows = [Row(Request([*before, *ids], greedy(1)))]
 
     def forget(self) -> None:
         """Gives its pages back."""
         self.sequence.forget(0, self.pool, self.runner.batch.page_size)
 
-    def _compute(self, ids: list[int]) -> None:
-        run_step(self.runner, self.pool, [NewTokens(self.sequence, ids)])
+    def _compute(self, ids: list[int]) -> np.ndarray:
+        return run_step(self.runner, self.pool, [NewTokens(self.sequence, ids)])
 
     def untimed(self) -> float:
         """Seconds of the step."""
         started = perf_counter()
         self._fill()
-        self.logits = self.runner.run()  # the same memory each time
-        draw(self.logits, [Row(self.request)])
+        self.runner.sampler.drawn(self.runner.run(), self.rows)
         return perf_counter() - started
 
     def timed(self) -> list[float]:
-        """Seconds of the step, of filling the batch, of drawing a token, and of each op of the program."""
+        """Seconds of the step, of filling the batch and taking the token drawn, and of each op of the program."""
         started = perf_counter()
         self._fill()
         filled = perf_counter()
         program = self.runner.run_timed()
         ran = perf_counter()
-        draw(self.logits, [Row(self.request)])
-        drawn = perf_counter()
-        return [drawn - started, filled - started, drawn - ran, *(seconds for _, seconds in program)]
+        self.runner.sampler.drawn(self.logits, self.rows)
+        taken = perf_counter()
+        return [taken - started, filled - started + taken - ran, *(seconds for _, seconds in program)]
 
     def _fill(self) -> None:
         self.runner.batch.clear()
         self.runner.batch.add(self.ids, self.depth, self.sequence.pages, 1)
+        self.runner.sampler.prepare(self.rows)

@@ -4,7 +4,7 @@ A program knows its ops by name and order; a decoder's order is the same in ever
 
     embedding, rope_table
     per layer:  linear (qkv), append_pages, paged_attention, linear (output), linear_gated (gate and up), linear (down)
-    select_rows, linear (head)
+    select_rows, linear (head), sample
 
 The norms are part of qkv, of gate and up, and of the head. The products tell where in the model an op is: the layer's
 four, in this order, and after the last layer the head. Every other op goes by its name alone. An op that is not known
@@ -38,6 +38,7 @@ ROLES = {
     "append_pages": "append",
     "paged_attention": "attention",
     "select_rows": "rows for the head",
+    "sample": "sampling",
 }
 NOTHING = Traffic(0, 0)
 
@@ -150,6 +151,8 @@ def _other_traffic(name: str, rows: int, model: StepModel, size: StepSize) -> Tr
         return Traffic(4 * rows * config.rope.rotary_dim, 0)
     if name == "select_rows":
         return Traffic(8 * rows * config.dim, 0)
+    if name == "sample":
+        return Traffic(4 * rows * config.vocab_size, 0)
     if name == "append_pages":
         return _append_traffic(model, rows)
     return _attention_traffic(model, size) if name == "paged_attention" else NOTHING

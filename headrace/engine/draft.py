@@ -13,7 +13,7 @@ import numpy as np
 from headrace.config import EngineConfig, ModelConfig
 from headrace.engine.request import Request
 from headrace.engine.runner import Runner
-from headrace.engine.sampler import Row, draw
+from headrace.engine.sampler import Row
 from headrace.engine.sequence import CachedSequence, NewTokens, run_step
 from headrace.errors import CapacityError
 from headrace.kernels.cpu import _native as native
@@ -50,15 +50,17 @@ class DraftModel:
             if not going:
                 break
             rows = [Row(requests[i], tuple(guesses[i])) for i in going]
-            for i, token in zip(going, draw(self._logits(rows), rows), strict=True):
+            self._runner.sampler.prepare(rows)
+            logits = self._logits([requests[i] for i in going], rows)
+            for i, token in zip(going, self._runner.sampler.drawn(logits, rows), strict=True):
                 guesses[i].append(token)
 
-    def _logits(self, rows: Sequence[Row]) -> np.ndarray:
+    def _logits(self, requests: Sequence[Request], rows: Sequence[Row]) -> np.ndarray:
         """Of each row's text, its guesses included."""
         parts = []
-        for row in rows:
-            text = [*row.request.ids, *row.ahead]
-            sequence = self._sequences.setdefault(row.request, CachedSequence())
+        for request, row in zip(requests, rows, strict=True):
+            text = [*request.ids, *row.ahead]
+            sequence = self._sequences.setdefault(request, CachedSequence())
             known_len = min(common_len(sequence.ids, text), len(text) - 1)
             sequence.forget(known_len, self._pool, self._page_size)
             self._fill(sequence, text[:-1])

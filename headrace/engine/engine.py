@@ -15,7 +15,7 @@ from headrace.config import EngineConfig, ModelConfig, SamplingParams
 from headrace.engine.pace import Pace
 from headrace.engine.request import Request
 from headrace.engine.runner import MAX_OUTPUTS, Runner
-from headrace.engine.sampler import Row, draw
+from headrace.engine.sampler import Row
 from headrace.engine.scheduler import Part, Scheduler
 from headrace.engine.sequence import CachedSequence, NewTokens, run_step
 from headrace.engine.speculative import Drafts, Guesser, num_accepted
@@ -96,8 +96,10 @@ class Engine:
         parts = self.scheduler.plan(self._pace.prompt_tokens(len(self.scheduler.running)))
         if not parts:
             return []
+        rows = [Row(part.request, ahead) for part in parts for ahead in _beginnings(part)]
+        self.runner.sampler.prepare(rows)
         logits = run_step(self.runner, self.pool, [_new_tokens(part) for part in parts])
-        tokens = self._draw(logits, parts)
+        tokens = self._accept(logits, self.runner.sampler.drawn(logits, rows), parts)
         seconds = perf_counter() - started
         for part in parts:
             part.request.add_seconds(seconds)
@@ -111,14 +113,12 @@ class Engine:
                 self._note_hash(request)
         return drawing
 
-    def _draw(self, logits: np.ndarray, parts: Sequence[Part]) -> list[list[int]]:
+    def _accept(self, logits: np.ndarray, drawn: Sequence[int], parts: Sequence[Part]) -> list[list[int]]:
         """The next tokens of each part: those it guessed right and one more; none in the middle of a prompt."""
-        rows = [Row(part.request, ahead) for part in parts for ahead in _beginnings(part)]
-        drawn = draw(logits, rows) if rows else []
         tokens, first = list[list[int]](), 0
         self._drawn_from = {}
         for part in parts:
-            mine = drawn[first : first + part.num_outputs]
+            mine = list(drawn[first : first + part.num_outputs])
             tokens.append(mine[: num_accepted(part.request.guesses[: part.num_outputs - 1], mine) + 1])
             if mine:
                 self._drawn_from[part.request] = logits[first + len(tokens[-1]) - 1]
@@ -149,6 +149,7 @@ class Engine:
         self.clear()
         width, sequence = min(MAX_OUTPUTS, self.chunk_len), CachedSequence()
         chunks = [checked[i : i + width] for i in range(0, len(checked), width)]
+        self.runner.sampler.prepare([])
         try:
             parts = [NewTokens(sequence, chunk, len(chunk)) for chunk in chunks]
             return np.concatenate([run_step(self.runner, self.pool, [part]).copy() for part in parts])

@@ -1,4 +1,4 @@
-"""Runs batches: the decoder recorded once into a native program, the cache it works on, the logits it leaves."""
+"""Runs batches: the decoder and the draws recorded once into a native program, its cache, the logits it leaves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 
 from headrace.config import EngineConfig, ModelConfig
 from headrace.engine.batch import Batch
+from headrace.engine.sampler import Sampler
 from headrace.kernels.cpu import _native as native
 from headrace.kv_cache.pages import pages_needed
 from headrace.kv_cache.storage import allocate
@@ -38,6 +39,7 @@ class Runner:
         self.program = native.Program(pool, native.Sizes(tokens, requests, outputs))
         recorded = decoder.logits(self.batch.inputs(self.program), weights, self.storage.layers, config)
         self.program.keep(recorded.tensor)
+        self.sampler = Sampler(recorded)
         self.program.finish()
         self._logits = recorded.tensor.numpy()
 

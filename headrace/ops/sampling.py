@@ -28,6 +28,7 @@ from headrace.ops.select import Kernel, Request, Traffic, choose
 
 TokenIds = Sequence[Sequence[int]]
 FLOPS_PER_LOGIT = 20  # the exponential's
+NOT_DRAWN = -1  # the step of a row of `sample_rows` whose token nobody wants
 
 
 def sample(
@@ -54,6 +55,14 @@ def sample(
     return choose(kernels(), asked, kernel).run(logits, settings(params, seeds, steps), counts, out)
 
 
+def sample_rows(logits: Any, settings: Sequence[np.ndarray], out: np.ndarray) -> None:
+    """The draws without penalties, as an op of a program: when it runs, the ids of the logits' rows go to `out`.
+
+    settings: as `settings` makes them, read at each run; a row whose step is NOT_DRAWN is left out.
+    """
+    choose(kernels(), request(shape_of(logits, "logits"), dtype_name(logits))).run(logits, settings, None, out)
+
+
 def settings(params: Sequence[SamplingParams], seeds: Sequence[int], steps: Sequence[int]) -> list[np.ndarray]:
     """The rows' numbers as kernels read them: reals [rows, 6] float64 and integers [rows, 3] int64."""
     reals = [
@@ -70,21 +79,22 @@ def token_counts(
 
     None when no row has a penalty, or nothing was seen.
     """
-    if not any(map(_penalized, params)) or (prompt_ids is None and answer_ids is None):
+    if not any(map(is_penalized, params)) or (prompt_ids is None and answer_ids is None):
         return None
     ids, counts, starts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)], [0]
     for row, param in enumerate(params):
-        if _penalized(param):
+        if is_penalized(param):
             prompt = np.asarray(prompt_ids[row] if prompt_ids is not None else (), np.int32)
             answer = np.asarray(answer_ids[row] if answer_ids is not None else (), np.int32)
             seen, where = np.unique(np.concatenate([prompt, answer]), return_inverse=True)
             ids.append(seen)
             counts.append(np.bincount(where[len(prompt) :], minlength=len(seen)).astype(np.int32))
-        starts.append(starts[-1] + (len(ids[-1]) if _penalized(param) else 0))
+        starts.append(starts[-1] + (len(ids[-1]) if is_penalized(param) else 0))
     return np.concatenate(ids), np.concatenate(counts), np.array(starts, np.int32)
 
 
-def _penalized(params: SamplingParams) -> bool:
+def is_penalized(params: SamplingParams) -> bool:
+    """Whether a draw depends on the tokens seen before."""
     return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1, 0, 0)
 
 

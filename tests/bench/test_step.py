@@ -49,7 +49,7 @@ def test_every_op_of_a_step_has_its_part(tmp_path: Path) -> None:
     layers = MODELS["float"].num_layers
     assert Counter(part.role for part in parts) == {
         **dict.fromkeys([*PRODUCTS, "append", "attention"], layers),
-        **dict.fromkeys(["embedding", "rope table", "rows for the head", "head"], 1),
+        **dict.fromkeys(["embedding", "rope table", "rows for the head", "head", "sampling"], 1),
     }
     assert all(part.traffic.num_bytes > 0 for part in parts)
 
@@ -99,7 +99,7 @@ def test_an_unknown_op_is_a_part_of_its_own_and_missing_products_are_said(tmp_pa
     names = [*llm.engine.runner.program.op_names, "something_new"]
     assert step_parts(names, step_model(llm), SIZES[0])[-1] == Part("something_new", "something_new", Traffic(0, 0))
     with pytest.raises(HeadraceError, match="12 products, its model 13"):
-        step_parts(names[:-2], step_model(llm), SIZES[0])
+        step_parts(names[:-3], step_model(llm), SIZES[0])
 
 
 def test_the_slower_side_of_an_op_binds() -> None:
@@ -134,7 +134,7 @@ def test_steps_are_those_of_the_plan_and_leave_the_model_as_it_was(tmp_path: Pat
     ]
     assert llm.generate([5, 6, 7], greedy(6)).token_ids == answer
     for each in steps:
-        assert len(each.ops) == len(llm.engine.runner.program.op_names) + 2
+        assert len(each.ops) == len(llm.engine.runner.program.op_names) + 1
         assert 0 < each.explained_s < each.wall_s  # the clock of the whole runs around those of the parts
         assert sum(group.measured_s for group in each.groups) == pytest.approx(each.explained_s)
 

@@ -103,6 +103,7 @@ class Sample : public Op {
   }
   int64_t chunks(int, const Sizes& sizes, int) const override { return logits_->rows(sizes); }
   void run(int, int64_t row, Worker& worker, const Sizes&) override {
+    if (integers_->row_as<int64_t>(row)[2] < 0) return;
     const int64_t n = logits_->cols(), blocks = (n + kSampleBlock - 1) / kSampleBlock;
     const int64_t floats = padded(n * 4), sums = padded(blocks * 8);
     char* scratch = worker.scratch(2 * floats + sums + BorderSearch::scratch_bytes(n));

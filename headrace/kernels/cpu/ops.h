@@ -38,7 +38,7 @@ void submit_select_rows(Runner& runner, TensorRef out, TensorRef x, TensorRef ro
 
 // logits [rows, vocab] f32 -> out [rows] i32.
 // reals [rows, 6] f64: temperature, top_p, min_p, repetition, presence and frequency penalty
-// integers [rows, 3] i64: top_k, seed, number of the draw
+// integers [rows, 3] i64: top_k, seed, number of the draw (below 0: this row is left out)
 // seen_*: for penalties, may be absent. ids [n] i32 rising within a row, counts [n] i32, starts [rows + 1] i32.
 struct SampleTensors {
   TensorRef logits, out, reals, integers, seen_ids, seen_counts, seen_starts;
