@@ -5,7 +5,7 @@
 #include "attention_work.h"
 #include "cached.h"
 #include "elements.h"
-#include "simd_square.h"
+#include "turned.h"
 
 namespace headrace {
 namespace HEADRACE_ISA {
@@ -20,23 +20,44 @@ struct Places {
 
 static inline int64_t place(const CacheStrides& s, int64_t page, int64_t slot) { return page * s.page + slot * s.token; }
 
-static void find_places(const AttentionCall& c, const AttentionWork& w, int64_t begin, int64_t end, Places& places) {
-  int64_t number = w.pages ? begin / c.page_size : 0, slot = w.pages ? begin % c.page_size : w.first_slot + begin;
-  places.count = end - begin;
-  for (int64_t i = 0; i < end - begin; ++i) {
-    int64_t page = w.pages ? w.pages[number] : w.page;
-    places.key[i] = place(c.key_strides, page, slot);
-    places.value[i] = place(c.value_strides, page, slot);
-    if (c.key_scales) places.key_scale[i] = place(c.key_scale_strides, page, slot);
-    if (c.value_scales) places.value_scale[i] = place(c.value_scale_strides, page, slot);
-    ++slot;
-    if (w.pages && slot == c.page_size) slot = 0, ++number;
+// Keys that follow one another in a page, from number i of the block to number `end`.
+static void places_in_page(const AttentionCall& c, int64_t i, int64_t end, int64_t page, int64_t slot, Places& places) {
+  int64_t key = place(c.key_strides, page, slot - i), value = place(c.value_strides, page, slot - i);
+  for (int64_t k = i; k < end; ++k) {
+    places.key[k] = key + k * c.key_strides.token;
+    places.value[k] = value + k * c.value_strides.token;
   }
+  if (c.key_scales)
+    for (int64_t k = i; k < end; ++k) places.key_scale[k] = place(c.key_scale_strides, page, slot + k - i);
+  if (c.value_scales)
+    for (int64_t k = i; k < end; ++k) places.value_scale[k] = place(c.value_scale_strides, page, slot + k - i);
+}
+
+// NOTE: after the last key its place is repeated, up to a whole block.
+static void find_places(const AttentionCall& c, const AttentionWork& w, int64_t begin, int64_t end, Places& places) {
+  int64_t count = end - begin;
+  if (!w.pages) {
+    places_in_page(c, 0, count, w.page, w.first_slot + begin, places);
+  } else {
+    int64_t number = begin / c.page_size, slot = begin % c.page_size;
+    for (int64_t i = 0, next; i < count; i = next, slot = 0, ++number) {
+      next = lesser(count, i + c.page_size - slot);
+      places_in_page(c, i, next, w.pages[number], slot, places);
+    }
+  }
+  for (int64_t i = count; i < kKeyBlock; ++i) {
+    places.key[i] = places.key[count - 1];
+    places.value[i] = places.value[count - 1];
+  }
+  places.count = count;
 }
 
 // A KV head's scales of a block; what is not there is 0.
 static void load_scales(const float* scales, const int64_t* places, int64_t count, int64_t head_offset, float* to) {
-  for (int64_t i = 0; i < kKeyBlock; ++i) to[i] = i < count ? scales[places[i] + head_offset] : 0.0f;
+  scales += head_offset;
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < count; ++i) to[i] = scales[places[i]];
+  for (int64_t i = count; i < kKeyBlock; ++i) to[i] = 0.0f;
 }
 
 static void load_query(const AttentionCall& c, const AttentionWork& w, int64_t token, int64_t head, float factor, float* to) {
@@ -125,14 +146,18 @@ static void adjust_scores(const AttentionCall& c, const AttentionWork& w, int64_
 // [rows, 16] keep their sum lane by lane, and `keep` says how much of what was accumulated before remains.
 // NOTE: a block of which a row sees nothing leaves that row's bits as they were.
 static void soften(float* scores, int64_t rows, float* top, float* sums, float* keep) {
+  bool higher = false;
   for (int64_t r = 0; r < rows; ++r) {
     const float* row = scores + r * kKeyBlock;
     float best = largest(maximum(maximum(load(row), load(row + 16)), maximum(load(row + 32), load(row + 48))));
     float before = top[r];
+    higher = higher || best > before;
     top[r] = best > before ? best : before;
     keep[r] = before - (top[r] == kNoScore ? 0.0f : top[r]);
   }
-  for (int64_t r = 0; r < rows; r += kLanes) {
+  if (!higher)
+    for (int64_t r = 0; r < rows; ++r) keep[r] = 1.0f;
+  for (int64_t r = 0; higher && r < rows; r += kLanes) {
     float some[kLanes] = {};
     int n = static_cast<int>(lesser(kLanes, rows - r));
     memcpy(some, keep + r, static_cast<size_t>(n) * 4);

@@ -57,7 +57,7 @@ static void score_rows_bf16(const AttentionCall& c, const uint16_t* query, const
   for (int64_t first = 0; first < places.count; first += tile) {
     const uint16_t *key[tile], *later[tile];
     for (int i = 0; i < tile; ++i) {
-      key[i] = base + places.key[lesser(first + i, places.count - 1)];
+      key[i] = base + places.key[first + i];
       later[i] = due.key(first + i);
     }
     Floats dots[kLanes];
@@ -81,7 +81,7 @@ static void score_rows_bf16_in_order(const AttentionCall& c, const uint16_t* que
     for (int64_t j = 0; j < c.head_dim; j += kDepthStep) {
       for (int i = 0; i < kLanes; ++i) {
         HEADRACE_PREFETCH(due.key(first + i) + j);
-        square[i] = load_as_words<AsBf16>(base + places.key[lesser(first + i, places.count - 1)] + j, c.head_dim - j);
+        square[i] = load_as_words<AsBf16>(base + places.key[first + i] + j, c.head_dim - j);
       }
       transpose(square);
       for (int i = 0; i < kLanes; ++i)

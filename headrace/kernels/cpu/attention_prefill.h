@@ -30,10 +30,8 @@ static inline void outer_products(const float* a, int64_t a_stride, const float*
     for (int i = 0; i < vectors; ++i) total[r][i] = zero();
   for (int64_t k = 0; k < depth; ++k, b += b_stride) {
     for (int i = 0; i < vectors; ++i) x[i] = load(b + i * kLanes);
-    for (int r = 0; r < rows; ++r) {
-      Floats factor = broadcast(a[r * a_stride + k]);
-      for (int i = 0; i < vectors; ++i) total[r][i] = fma(factor, x[i], total[r][i]);
-    }
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < vectors; ++i) total[r][i] = fma_of(a + r * a_stride + k, x[i], total[r][i]);
   }
 #pragma GCC unroll 6
   for (int r = 0; r < rows; ++r)

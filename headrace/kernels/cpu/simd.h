@@ -83,16 +83,15 @@ static inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
 static inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 static inline Floats load_some(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
 static inline void store_some(float* p, Floats a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
-static inline Floats load_half(const uint16_t* p) {
-  return {_mm512_maskz_cvtph_ps(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+static inline Floats widen_half(__m256i h) { return {_mm512_maskz_cvtph_ps(kAllLanes, h)}; }
+static inline Floats load_half(const uint16_t* p) { return widen_half(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 static inline void store_half(uint16_t* p, Floats a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(kAllLanes, a.v, _MM_FROUND_TO_NEAREST_INT));
 }
-static inline Floats load_bf16(const uint16_t* p) {
-  __m512i wide = _mm512_maskz_cvtepu16_epi32(kAllLanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAllLanes, wide, 16))};
+static inline Floats widen_bf16(__m256i h) {
+  return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(kAllLanes, _mm512_maskz_cvtepu16_epi32(kAllLanes, h), 16))};
 }
+static inline Floats load_bf16(const uint16_t* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 static inline void store_bf16(uint16_t* p, Floats a) {
   __m512i bits = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
   __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(kAllLanes, bits, 16), one);
@@ -106,6 +105,12 @@ static inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)};
 static inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 static inline Floats div(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
 static inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// *x a + b. NOTE: in words, because gcc spreads a number that is used twice into a register, which takes a slot of the units
+// that multiply (Zen 4: 0.45 of one) where reading it again takes none.
+static inline Floats fma_of(const float* x, Floats a, Floats b) {
+  asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(b.v) : "v"(a.v), "m"(*x));
+  return b;
+}
 static inline Floats maximum(Floats a, Floats b) { return {_mm512_maskz_max_ps(kAllLanes, a.v, b.v)}; }
 static inline Floats minimum(Floats a, Floats b) { return {_mm512_maskz_min_ps(kAllLanes, a.v, b.v)}; }
 static inline Floats absolute(Floats a) { return {_mm512_abs_ps(a.v)}; }
@@ -192,6 +197,9 @@ static inline void store_some(float* p, Floats a, int n) {
   memcpy(p, padded, static_cast<size_t>(n) * 4);
 }
 static inline __m128i load_eight(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+static inline Floats widen_half(__m256i h) {
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(h)), _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1))};
+}
 static inline Floats load_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(load_eight(p)), _mm256_cvtph_ps(load_eight(p + 8))};
 }
@@ -200,10 +208,13 @@ static inline void store_half(uint16_t* p, Floats a) {
   _mm_storeu_si128(out, _mm256_cvtps_ph(a.low, _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128(out + 1, _mm256_cvtps_ph(a.high, _MM_FROUND_TO_NEAREST_INT));
 }
-static inline __m256 widen_bf16(__m128i h) {
+static inline __m256 widen_eight(__m128i h) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
-static inline Floats load_bf16(const uint16_t* p) { return {widen_bf16(load_eight(p)), widen_bf16(load_eight(p + 8))}; }
+static inline Floats widen_bf16(__m256i h) {
+  return {widen_eight(_mm256_castsi256_si128(h)), widen_eight(_mm256_extracti128_si256(h, 1))};
+}
+static inline Floats load_bf16(const uint16_t* p) { return {widen_eight(load_eight(p)), widen_eight(load_eight(p + 8))}; }
 static inline void store_bf16(uint16_t* p, Floats a) {
   float plain[kLanes];
   store(plain, a);
@@ -226,6 +237,7 @@ HEADRACE_BOTH(select_less, (Floats x, Floats limit, Floats a, Floats b),
               _mm256_blendv_ps(b.low, a.low, _mm256_cmp_ps(x.low, limit.low, _CMP_LT_OQ)),
               _mm256_blendv_ps(b.high, a.high, _mm256_cmp_ps(x.high, limit.high, _CMP_LT_OQ)))
 #undef HEADRACE_BOTH
+static inline Floats fma_of(const float* x, Floats a, Floats b) { return fma(broadcast(*x), a, b); }
 static inline __m256 scale_eight(__m256 a, __m256 n) {  // n whole, within -126..127
   __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
   return _mm256_mul_ps(a, _mm256_castsi256_ps(exponent));
@@ -337,6 +349,7 @@ HEADRACE_LANES(Floats, times_power_of_two, (Floats a, Floats n), ldexpf(a.v[i], 
 HEADRACE_LANES(Floats, to_floats, (Ints a), static_cast<float>(a.v[i]))
 HEADRACE_LANES(Ints, broadcast_int, (int32_t x), x)
 #undef HEADRACE_LANES
+static inline Floats fma_of(const float* x, Floats a, Floats b) { return fma(broadcast(*x), a, b); }
 static inline void store(float* p, Floats a) { memcpy(p, a.v, sizeof a.v); }
 static inline void store_some(float* p, Floats a, int n) { memcpy(p, a.v, static_cast<size_t>(n) * 4); }
 static inline void store_half(uint16_t* p, Floats a) {
