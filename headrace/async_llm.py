@@ -22,6 +22,7 @@ from headrace.engine.worker import Ticket, Worker
 from headrace.errors import HeadraceError
 from headrace.llm import LLM, Completion
 from headrace.text.stream import TextStream
+from headrace.text.token_rules import token_rules
 
 _DRAIN_PERIOD_S = 0.02
 
@@ -168,7 +169,7 @@ class AsyncLLM:
 
     def _stream(self, ids: Sequence[int], params: SamplingParams | None, *, continues: bool) -> AsyncStream:
         params = params or SamplingParams()
-        request = self.llm.engine.request(ids, params, self.llm.tokenizer.end_ids)
+        request = self.llm.engine.request(ids, params, token_rules(self.llm.tokenizer, params))
         return AsyncStream(self, request, TextStream(self.llm.tokenizer, params.stop, continues=continues))
 
     def _add(self, request: Request) -> Ticket:

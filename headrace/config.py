@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from types import NoneType
 from typing import Any
 
 from headrace.errors import ArgumentError
 
 PACKED = ("auto", "never", "require")  # whether weights kept packed on disk are used
 KV_DTYPES = ("float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "int4")  # what pages may hold
+STRUCTURES = ("json_schema", "json_object", "regex", "grammar", "choice")
+MOST_BIAS = 100.0
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,16 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is drawn. temperature 0 is greedy; a filter at its default does nothing.
+    """How answers are drawn. temperature 0 is greedy; a filter at its default does nothing. One seed, one text.
 
-    Order: repetition, presence and frequency penalties; then temperature; top_k; top_p; min_p.
-    `repetition_penalty` covers prompt and answer, the other two the answer alone. One seed, one text.
+    Order: logit_bias; DRY; what is banned (min_tokens, bad_words, structure); repetition, presence and frequency
+    penalties; temperature; top_k; top_p; min_p; typical_p. `repetition_penalty` and DRY look at prompt and answer, the
+    other two penalties at the answer alone. logit_bias is stored as pairs of token id and bias, min_tokens holds back
+    what ends an answer by id. bad_words are banned in the tokens that the tokenizer itself would write them with.
+    n answers, the likeliest of best_of that are drawn. The first draws with `seed`, the others with seeds derived from
+    it and their number. logprobs, prompt_logprobs: how many of the likeliest tokens are told beside each token's own;
+    of the model's distribution, before all of the above. At most one of json_schema (text or a mapping), json_object,
+    regex, grammar (Lark) and choice: the answer then has this form, unless max_tokens cuts it short.
     """
 
     max_tokens: int = 256
@@ -86,33 +97,83 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    typical_p: float = 1.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_len: int = 2
+    dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
     seed: int | None = None
+    min_tokens: int = 0
     ignore_eos: bool = False
     speculate: int = 0  # tokens guessed from earlier text and verified in one step; the answer stays the same
-    stop: tuple[str, ...] = field(default=())
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[str, ...] = ()
+    n: int = 1
+    best_of: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    json_schema: str | Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    grammar: str | None = None
+    choice: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            raise ArgumentError(f"stop: expected a tuple of strings, got the string {self.stop!r}", f"({self.stop!r},)")
-        object.__setattr__(self, "stop", tuple(self.stop))
-        if not all(isinstance(text, str) and text for text in self.stop):
-            raise ArgumentError(f"stop: expected strings of at least one character, got {self.stop!r}")
-        _whole(self, "max_tokens", 1)
-        _whole(self, "top_k", 0)
-        _whole(self, "speculate", 0)
-        if self.seed is not None:
-            _whole(self, "seed", 0)
-        _within(self, "temperature", 0.0, math.inf)
-        _within(self, "top_p", 0.0, 1.0)
-        _within(self, "min_p", 0.0, 1.0)
-        _within(self, "repetition_penalty", 1e-3, math.inf)
-        _within(self, "presence_penalty", -math.inf, math.inf)
-        _within(self, "frequency_penalty", -math.inf, math.inf)
-        if self.top_p == 0.0:
-            raise ArgumentError("top_p: expected more than 0 and at most 1, got 0.0", "temperature=0 for greedy")
+        for name in ("stop", "bad_words", "dry_breakers", "choice"):
+            object.__setattr__(self, name, _texts(self, name))
+        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+        object.__setattr__(self, "json_schema", _schema_text(self.json_schema))
+        self._check_numbers()
+        self._check_together()
+
+    def _check_numbers(self) -> None:
+        for name, least in (
+            ("max_tokens", 1),
+            ("top_k", 0),
+            ("min_tokens", 0),
+            ("dry_allowed_len", 1),
+            ("n", 1),
+            ("speculate", 0),
+        ):
+            _whole(self, name, least)
+        for name in ("seed", "best_of", "logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _whole(self, name, 0)
+        for name in ("top_p", "min_p", "typical_p"):
+            _within(self, name, 0.0, 1.0)
+        for name, low in (("temperature", 0.0), ("repetition_penalty", 1e-3), ("dry_multiplier", 0), ("dry_base", 1)):
+            _within(self, name, low, math.inf)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _within(self, name, -math.inf, math.inf)
+        for name in ("top_p", "typical_p"):
+            if getattr(self, name) == 0.0:
+                raise ArgumentError(f"{name}: expected more than 0 and at most 1, got 0.0", "temperature=0 for greedy")
+        for name in ("ignore_eos", "json_object"):
+            if not isinstance(getattr(self, name), bool):
+                raise ArgumentError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), (str, NoneType)):
+                raise ArgumentError(f"{name}: expected text, got {getattr(self, name)!r:.80}")
+
+    def _check_together(self) -> None:
+        if self.best_of is not None and self.best_of < self.n:
+            raise ArgumentError(f"best_of: expected at least n = {self.n}, got {self.best_of}")
+        if self.min_tokens > self.max_tokens:
+            raise ArgumentError(f"min_tokens: expected at most max_tokens = {self.max_tokens}, got {self.min_tokens}")
+        if len(self.structure) > 1:
+            expected = f"one of {', '.join(STRUCTURES[:-1])} and {STRUCTURES[-1]}"
+            raise ArgumentError(f"{self.structure[1]}: expected {expected}, got {' and '.join(self.structure)}")
+
+    @property
+    def structure(self) -> list[str]:
+        """Which of the fields is set that give the answer a form: one or none."""
+        return [name for name in STRUCTURES if getattr(self, name) not in (None, False, ())]
 
 
 def _positive(config: Any, *names: str) -> None:
@@ -139,6 +200,49 @@ def _within(config: Any, name: str, low: float, high: float) -> None:
     if not number or not math.isfinite(value) or not low <= value <= high:
         limits = f"between {low:g} and {high:g}" if math.isfinite(high) else f">= {low:g}"
         raise ArgumentError(f"{name}: expected a finite number {limits}, got {value!r}")
+
+
+def _texts(config: Any, name: str) -> tuple[str, ...]:
+    texts = getattr(config, name)
+    if isinstance(texts, str):
+        raise ArgumentError(f"{name}: expected a tuple of strings, got the string {texts!r}", f"({texts!r},)")
+    if not isinstance(texts, (tuple, list)) or not all(isinstance(text, str) and text for text in texts):
+        raise ArgumentError(f"{name}: expected strings of at least one character, got {texts!r:.80}")
+    return tuple(texts)
+
+
+def _token_ids(ids: Any) -> tuple[int, ...]:
+    if not isinstance(ids, (tuple, list, set, frozenset)) or not all(type(i) is int and 0 <= i < 2**31 for i in ids):
+        raise ArgumentError(f"stop_token_ids: expected token ids, got {ids!r:.80}")
+    return tuple(sorted(set(ids)))
+
+
+def _biases(biases: Any) -> tuple[tuple[int, float], ...]:
+    try:
+        pairs = sorted(dict(biases).items())
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"logit_bias: expected a mapping from token ids to biases, got {biases!r:.80}") from error
+    for token, bias in pairs:
+        if type(token) is not int or not 0 <= token < 2**31:
+            raise ArgumentError(f"logit_bias: expected token ids, got {token!r}")
+        if type(bias) not in (int, float) or not -MOST_BIAS <= bias <= MOST_BIAS:
+            raise ArgumentError(
+                f"logit_bias: expected biases between {-MOST_BIAS:g} and {MOST_BIAS:g}, got {bias!r} for token {token}",
+                f"{-MOST_BIAS:g} as good as bans a token",
+            )
+    return tuple((token, float(bias)) for token, bias in pairs)
+
+
+def _schema_text(schema: Any) -> str | None:
+    """A JSON schema as text; whether it is one is for the parser of schemas to say."""
+    if schema is None or isinstance(schema, str):
+        return schema
+    try:
+        if not isinstance(schema, Mapping):
+            raise TypeError("not a mapping")
+        return json.dumps(dict(schema), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArgumentError(f"json_schema: expected JSON as text or a mapping: {error}") from error
 
 
 def field_names(config_class: type) -> tuple[str, ...]:

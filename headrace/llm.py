@@ -26,6 +26,7 @@ from headrace.kv_cache.storage import bytes_per_token
 from headrace.machine import this_machine
 from headrace.text.chat import ChatTemplate
 from headrace.text.stream import TextStream
+from headrace.text.token_rules import token_rules
 from headrace.text.tokenizer import Tokenizer
 from headrace.weights.gguf import open_gguf
 from headrace.weights.load import load_config, load_weights
@@ -225,7 +226,7 @@ class LLM:
 
     def _stream(self, ids: Sequence[int], params: SamplingParams | None, *, continues: bool) -> Stream:
         params = params or SamplingParams()
-        request = self.engine.request(ids, params, self.tokenizer.end_ids)
+        request = self.engine.request(ids, params, token_rules(self.tokenizer, params))
         return Stream(self, request, TextStream(self.tokenizer, params.stop, continues=continues))
 
     def completion(self, request: Request, text: str) -> Completion:

@@ -21,12 +21,25 @@ HELP = {
     "top_k": "Draw from the k likeliest tokens; 0: from all.",
     "top_p": "Draw from the likeliest tokens that together have this probability.",
     "min_p": "Leave out tokens less likely than this times the likeliest.",
+    "typical_p": "Draw from the tokens nearest to the expected surprise that together have this probability.",
     "repetition_penalty": "Divides the odds of tokens that already occurred.",
     "presence_penalty": "Subtracted once from tokens already in the answer.",
     "frequency_penalty": "Subtracted for each time a token is in the answer.",
+    "dry_multiplier": "Subtracted from tokens that would repeat a passage; 0: no DRY penalty.",
+    "dry_base": "The DRY penalty grows by this for each token the passage is longer.",
+    "dry_allowed_len": "Repeated passages up to this many tokens cost nothing.",
+    "dry_breakers": "Text at which a repeated passage begins anew; may be given several times.",
     "seed": "One seed, one text.",
+    "min_tokens": "Tokens to answer with, at least.",
     "ignore_eos": "Go on after the end of the answer.",
     "stop": "End before this text; may be given several times.",
+    "stop_token_ids": "End with this token; may be given several times.",
+    "bad_words": "Never write this; may be given several times.",
+    "json_schema": "Answer in JSON of this schema.",
+    "json_object": "Answer with a JSON object.",
+    "regex": "Answer with text of this regular expression.",
+    "grammar": "Answer with text of this Lark grammar.",
+    "choice": "Answer with one of these; given several times.",
     "threads": "Threads to compute with; all usable cores when not given.",
     "context_len": "Tokens to keep room for; the model's own when not given.",
     "kv_dtype": "What the cache of keys and values holds: float32, float16, bfloat16, float8_e4m3fn, int8 or int4.",
@@ -51,6 +64,9 @@ HELP = {
     "deterministic": "Attention: bits that depend on neither neighbours, chunking nor threads.",
     "require": "A property the kernel must have; may be given several times.",
 }
+
+# Fields of SamplingParams that ask for more than one text, which is all that a command shows.
+LEFT_OUT = frozenset({"logit_bias", "n", "best_of", "logprobs", "prompt_logprobs"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +115,7 @@ def with_options(verb: Callable[..., Any]) -> Callable[..., Any]:
 
     def called(**values: Any) -> Any:
         for name, group in groups.items():
-            values[name] = group(**{field.name: values.pop(field.name) for field in dataclasses.fields(group)})
+            values[name] = group(**{field.name: values.pop(field.name) for field in _shown_fields(group)})
         return verb(**values)
 
     called.__name__, called.__doc__ = verb.__name__, verb.__doc__
@@ -110,7 +126,11 @@ def with_options(verb: Callable[..., Any]) -> Callable[..., Any]:
 
 def _field_options(group: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(group)
-    return [_option(field, hints[field.name]) for field in dataclasses.fields(group)]
+    return [_option(field, hints[field.name]) for field in _shown_fields(group)]
+
+
+def _shown_fields(group: Any) -> list[dataclasses.Field[Any]]:
+    return [field for field in dataclasses.fields(group) if field.name not in LEFT_OUT]
 
 
 def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
@@ -118,5 +138,7 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     default: Any = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
     if get_origin(hint) is tuple:
         hint, default = list[get_args(hint)[0]], list(default)  # type: ignore[misc]
+    elif str in get_args(hint):  # text, whatever else the field takes from Python
+        hint = str | None
     annotation = Annotated[hint, typer.Option(flag, help=HELP.get(field.name, ""))]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)

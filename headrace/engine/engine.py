@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 
 from headrace.config import EngineConfig, ModelConfig, SamplingParams
+from headrace.engine.logprobs import note_logprobs, score_prompt
 from headrace.engine.pace import Pace
 from headrace.engine.request import Request
 from headrace.engine.runner import MAX_OUTPUTS, Runner
@@ -26,6 +27,7 @@ from headrace.kv_cache.prefix import PrefixCache
 from headrace.kv_cache.storage import pages_that_fit
 from headrace.models.layers import ModelWeights
 from headrace.ops.sampling import logits_hash
+from headrace.token_rules import TokenRules
 
 
 class Engine:
@@ -54,6 +56,7 @@ class Engine:
             page_size=engine.page_size,
             step_tokens=max(engine.chunk_len, engine.max_requests),
             step_requests=engine.max_requests,
+            step_outputs=len(self.runner.batch.output_rows),
         )
         self.guesser = Guesser(drafts, len(self.runner.batch.output_rows))
         self._pace = Pace()
@@ -64,19 +67,18 @@ class Engine:
         """Whether any request waits or runs."""
         return bool(self.scheduler.waiting or self.scheduler.running)
 
-    def request(
-        self, prompt_ids: Sequence[int], params: SamplingParams, end_ids: frozenset[int] = frozenset()
-    ) -> Request:
+    def request(self, prompt_ids: Sequence[int], params: SamplingParams, rules: TokenRules | None = None) -> Request:
         """A checked request, not added yet. Raises ArgumentError for an empty prompt or ids outside the vocabulary, and
         PromptTooLongError when no token would fit behind it."""
         ids = _checked_ids(prompt_ids, self.config.vocab_size)
+        _check_named_ids(params, self.config.vocab_size)
         if len(ids) >= self.context_len:
             raise PromptTooLongError(
                 f"prompt: expected fewer than {self.context_len} tokens, got {len(ids)}",
                 f"shorten it, or raise context_len (the model allows {self.config.context_len})",
             )
         most_tokens = min(self.context_len, self.pool.num_pages * self.page_size)
-        return Request(ids, params, end_ids, most_tokens)
+        return Request(ids, params, rules or TokenRules(), most_tokens)
 
     def add(self, request: Request) -> None:
         """Queues it. Raises CapacityError when it could never fit."""
@@ -88,15 +90,17 @@ class Engine:
             request.finish_reason = "cancelled"
             self._note_hash(request)
         self.scheduler.remove(request)
+        for copy in request.copies:  # those it never got to start
+            self.cancel(copy)
 
     def step(self) -> list[Request]:
-        """Computes the next step; the requests that got a token from it, some of them finished now."""
+        """Computes the next step; the requests that got a token from it, or an error; some of them finished now."""
         started = perf_counter()
         self.guesser.prepare(self.scheduler.running, self._pace)
         parts = self.scheduler.plan(self._pace.prompt_tokens(len(self.scheduler.running)))
         if not parts:
             return []
-        rows = [Row(part.request, ahead) for part in parts for ahead in _beginnings(part)]
+        rows = [row for part in parts for row in _rows(part)]
         self.runner.sampler.prepare(rows)
         logits = run_step(self.runner, self.pool, [_new_tokens(part) for part in parts])
         tokens = self._accept(logits, self.runner.sampler.drawn(logits, rows), parts)
@@ -104,25 +108,32 @@ class Engine:
         for part in parts:
             part.request.add_seconds(seconds)
         self.guesser.learn(parts, tokens, seconds, self._pace)
-        answers = sum(part.count <= part.num_outputs for part in parts)
+        answers = sum(part.count <= part.num_draws for part in parts)
         self._pace.observe(answers, sum(part.count for part in parts) - answers, seconds)
         self.scheduler.commit(parts, tokens)
-        drawing = [part.request for part in parts if part.num_outputs]
+        drawing = [part.request for part in parts if part.num_draws]
         for request in drawing:
             if request.finish_reason:
                 self._note_hash(request)
-        return drawing
+                del request.logprobs[len(request.token_ids) :]  # of guesses behind its end
+        return drawing + [copy for request in drawing if request.error for copy in request.copies]
 
     def _accept(self, logits: np.ndarray, drawn: Sequence[int], parts: Sequence[Part]) -> list[list[int]]:
         """The next tokens of each part: those it guessed right and one more; none in the middle of a prompt."""
         tokens, first = list[list[int]](), 0
         self._drawn_from = {}
         for part in parts:
-            mine = list(drawn[first : first + part.num_outputs])
-            tokens.append(mine[: num_accepted(part.request.guesses[: part.num_outputs - 1], mine) + 1])
+            request, count = part.request, part.num_draws
+            first += part.num_outputs - count
+            if part.num_outputs > count:
+                score_prompt(logits[first + count - part.num_outputs : first + count], request)
+            mine = list(drawn[first : first + count])
+            mine = [] if request.error else mine[: num_accepted(request.guesses[: count - 1], mine) + 1]
+            tokens.append(mine)
+            note_logprobs(logits[first:], request, mine)
             if mine:
-                self._drawn_from[part.request] = logits[first + len(tokens[-1]) - 1]
-            first += part.num_outputs
+                self._drawn_from[request] = logits[first + len(mine) - 1]
+            first += count
         return tokens
 
     def run(self, request: Request) -> Generator[int, None, None]:
@@ -137,6 +148,8 @@ class Engine:
                 while shown == len(request.token_ids) and not request.finish_reason:
                     self.step()
                 if shown == len(request.token_ids):
+                    if request.error:
+                        raise request.error
                     return
                 shown += 1
                 yield request.token_ids[shown - 1]
@@ -174,9 +187,17 @@ def _new_tokens(part: Part) -> NewTokens:
     return NewTokens(request.sequence, [*ids, *guesses], part.num_outputs)
 
 
-def _beginnings(part: Part) -> list[tuple[int, ...]]:
-    """The guesses before each of the part's outputs."""
-    return [tuple(part.request.guesses[:i]) for i in range(part.num_outputs)]
+def _rows(part: Part) -> list[Row | None]:
+    """What the part's outputs are for: its text with more and more of its guesses, None where nothing is drawn."""
+    request, scored = part.request, part.num_outputs - part.num_draws
+    return [*[None] * scored, *(Row(request, tuple(request.guesses[:i])) for i in range(part.num_draws))]
+
+
+def _check_named_ids(params: SamplingParams, vocab_size: int) -> None:
+    """Ids in the parameters are of the vocabulary."""
+    for name, ids in (("logit_bias", dict(params.logit_bias)), ("stop_token_ids", params.stop_token_ids)):
+        if ids and max(ids) >= vocab_size:
+            raise ArgumentError(f"{name}: expected token ids in 0..{vocab_size - 1}, got {max(ids)}")
 
 
 def _checked_ids(ids: Sequence[int], vocab_size: int) -> list[int]:

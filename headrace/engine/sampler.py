@@ -1,4 +1,4 @@
-"""Draws next tokens as the last op of a step: each row's parameters and random stream; penalties after the step."""
+"""Draws next tokens as the last op of a step: each row's parameters and random stream; edits and penalties after it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 
 from headrace.config import SamplingParams
+from headrace.engine.row_edits import RowEdits, Text
+from headrace.errors import HeadraceError
 from headrace.kernels.cpu.arrays import Buffer
 from headrace.ops.sampling import NOT_DRAWN, is_penalized, sample, sample_rows, settings
 
@@ -20,6 +22,9 @@ class Answer(Protocol):
     seed: int
     prompt_ids: list[int]
     token_ids: list[int]
+    edits: RowEdits
+
+    def fail(self, error: HeadraceError) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,17 @@ class Row:
         """The answer up to here."""
         return [*self.request.token_ids, *self.ahead] if self.ahead else self.request.token_ids
 
+    @property
+    def late(self) -> bool:
+        """Whether it is drawn after the step: what a request has seen has no fixed length, and its edits are Python."""
+        return is_penalized(self.request.params) or bool(self.request.edits)
+
 
 class Sampler:
     """The draws of a program that leaves these logits: `prepare` before it runs, `drawn` after.
 
-    The n-th draw of a request depends on its seed, n and its row of logits alone, whoever else is drawn for.
+    The n-th draw of a request depends on its seed, n and its row of logits alone, whoever else is drawn for. One whose
+    edits or penalties leave nothing to draw from fails alone; its token means nothing.
     """
 
     def __init__(self, logits: Buffer) -> None:
@@ -48,36 +59,43 @@ class Sampler:
         self._requests: list[Answer | None] = [None] * rows  # whose parameters a row has
         sample_rows(logits, [self._reals, self._integers], self._tokens)
 
-    def prepare(self, rows: Sequence[Row]) -> None:
-        """The next run draws from the first rows of its logits, for these; from those behind them it does not."""
+    def prepare(self, rows: Sequence[Row | None]) -> None:
+        """The next run draws from the first rows of its logits, for these; from None and those behind it does not."""
         self._integers[:, 2] = NOT_DRAWN
         for place, row in enumerate(rows):
+            if row is None or row.late:
+                continue
             request = row.request
-            if is_penalized(request.params):
-                continue  # what a request has seen has no fixed length
             if self._requests[place] is not request:
                 reals, integers = settings([request.params], [request.seed], [0])
                 self._reals[place], self._integers[place] = reals[0], integers[0]
                 self._requests[place] = request
             self._integers[place, 2] = len(request.token_ids) + len(row.ahead)
 
-    def drawn(self, logits: np.ndarray, rows: Sequence[Row]) -> list[int]:
-        """The next token of each, after the run that left these logits [rows, vocab]."""
+    def drawn(self, logits: np.ndarray, rows: Sequence[Row | None]) -> list[int]:
+        """The next token of each, after the run that left these logits [rows, vocab]; they stay as they are."""
         tokens: list[int] = self._tokens[: len(rows)].tolist()
         for place, row in enumerate(rows):
-            if is_penalized(row.request.params):
-                tokens[place] = _draw_penalized(logits[place : place + 1], row)
+            if row is not None and row.late:
+                tokens[place] = _draw_late(logits[place], row)
         return tokens
 
 
-def _draw_penalized(logits: np.ndarray, row: Row) -> int:
+def _draw_late(logits: np.ndarray, row: Row) -> int:
     request, answer_ids = row.request, row.answer_ids
-    tokens = sample(
-        logits,
-        [request.params],
-        seeds=[request.seed],
-        steps=[len(answer_ids)],
-        prompt_ids=[request.prompt_ids],
-        answer_ids=[answer_ids],
-    )
-    return int(tokens[0])
+    try:
+        if request.edits:
+            logits = logits.copy()
+            request.edits.apply(logits, Text([*request.prompt_ids, *answer_ids], len(answer_ids), len(row.ahead)))
+        tokens = sample(
+            logits[None],
+            [request.params],
+            seeds=[request.seed],
+            steps=[len(answer_ids)],
+            prompt_ids=[request.prompt_ids],
+            answer_ids=[answer_ids],
+        )
+        return int(tokens[0])
+    except HeadraceError as error:
+        request.fail(error)
+        return 0

@@ -23,18 +23,21 @@ from headrace.kv_cache.prefix import Node, PrefixCache
 class Part:
     """What a request gets in a step: its next `count` tokens, its guesses included.
 
-    The last `num_outputs` of them give logits: that of its text, and those of its guesses.
+    The last `num_draws` of them give its next ones: that of its text, and those of its guesses. The last `num_outputs`
+    give logits: the same, and the tokens of a prompt whose logprobs are wanted.
     """
 
     request: Request
     count: int
+    num_draws: int
     num_outputs: int
 
 
 class Scheduler:
     """Requests that wait and requests that run, the oldest first, over the pages of one cache.
 
-    step_tokens, step_requests: what a step has room for. copy_page(source, target): copies a page's keys and values.
+    step_tokens, step_requests, step_outputs: what a step has room for, at least one row of logits for each request.
+    copy_page(source, target): copies a page's keys and values.
     """
 
     def __init__(
@@ -46,12 +49,15 @@ class Scheduler:
         page_size: int,
         step_tokens: int,
         step_requests: int,
+        step_outputs: int,
     ) -> None:
+        assert step_outputs >= step_requests
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._pool, self._prefixes, self._copy_page = pool, prefixes, copy_page
         self._page_size, self._step_tokens, self._step_requests = page_size, step_tokens, step_requests
+        self._step_outputs = step_outputs
         self._promised = 0  # pages that parts of the step being planned will take
 
     def add(self, request: Request) -> None:
@@ -83,22 +89,25 @@ class Scheduler:
         budget = self._step_tokens - answering
         if answering:
             budget = min(budget, prompt_tokens)
+        spare = self._step_outputs - sum(1 + len(request.guesses) for request in self.running)
         parts = list[Part]()
         for request in list(self.running):
             answers = request.pending_len == 1
-            count = 1 + len(request.guesses) if answers else min(request.pending_len, budget)
+            count = 1 + len(request.guesses) if answers else _fitting(request, budget, 1 + spare)
             if count and request in self.running and self._make_room(request, count):
                 budget -= 0 if answers else count
                 parts.append(_part(request, count))
-        while budget > 0 and self.waiting and len(self.running) < self._step_requests:
+                spare -= 0 if answers else max(parts[-1].num_outputs - 1, 0)
+        while budget > 0 and spare > 0 and self.waiting and len(self.running) < self._step_requests:
             if not self._admit(self.waiting[0]):
                 break
             request = self.waiting.popleft()
             self.running.append(request)
-            count = min(request.pending_len, budget)
+            count = _fitting(request, budget, spare)
             assert self._make_room(request, count), "admitted without room"
             budget -= count
             parts.append(_part(request, count))
+            spare -= max(parts[-1].num_outputs, 1)
         return parts
 
     def commit(self, parts: Sequence[Part], tokens: Sequence[Sequence[int]]) -> None:
@@ -112,6 +121,7 @@ class Scheduler:
             if drawn:  # what was computed of wrong guesses is not of the text
                 request.sequence.forget(len(request.ids) - 1, self._pool, self._page_size)
             self._publish(request)
+            request.scored_len = max(request.scored_len, min(len(request.sequence.ids) + 1, len(request.prompt_ids)))
             if drawn:
                 self._start_copies(request)
             if request.finish_reason:
@@ -147,7 +157,7 @@ class Scheduler:
 
     def _admit(self, request: Request) -> bool:
         """Gives the request the pages that hold its beginning, if there is room for all of its text."""
-        match = self._prefixes.match(request.ids[:-1])
+        match = self._prefixes.match(request.ids[: request.first_output])
         pages = [node.page for node in match.nodes]
         self._pool.share(pages)
         needed = pages_needed(len(request.ids) + 1, self._page_size) - len(pages)
@@ -211,5 +221,12 @@ class Scheduler:
             request.copies = []
 
 
+def _fitting(request: Request, tokens: int, outputs: int) -> int:
+    """How many of its next tokens there is room for."""
+    without_output = max(request.first_output - len(request.sequence.ids), 0)
+    return min(request.pending_len, tokens, without_output + outputs)
+
+
 def _part(request: Request, count: int) -> Part:
-    return Part(request, count, max(0, count - request.pending_len + 1))
+    end = len(request.sequence.ids) + count
+    return Part(request, count, max(0, count - request.pending_len + 1), max(0, end - request.first_output))

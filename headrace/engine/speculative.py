@@ -65,7 +65,7 @@ class Guesser:
                 self._known[request][1].observe(len(drawn) - 1, seconds / alone)
 
     def _allowed(self, request: Request) -> int:
-        if not request.params.speculate or request.pending_len != 1:
+        if not request.params.speculate or request.pending_len != 1 or request.edits.constraint:
             return 0
         _, trust = self._known.setdefault(request, (Lookup(), Trust(request.params.speculate)))
         left = min(request.most_tokens - len(request.ids), request.params.max_tokens - len(request.token_ids))

@@ -145,7 +145,7 @@ class Worker:
         for request in requests:
             ticket = self._tickets.get(request)
             if ticket is not None:
-                ticket.state = (len(request.token_ids), request.finish_reason)
+                ticket.state, ticket.error = (len(request.token_ids), request.finish_reason), request.error
                 changed.append(ticket)
                 if request.finish_reason:
                     self._tickets.pop(request, None)

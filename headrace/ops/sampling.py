@@ -5,10 +5,13 @@
     greedy (temperature 0): the largest x, of equal ones the lowest id
     p = e^((x - max x) / temperature), tokens in the order of falling x, equal ones of rising id:
       top_k: the first k;  top_p: of those the shortest beginning with top_p of their weight;  min_p: p >= min_p
+    typical_p: what is left, in the order of rising |log p - mean of log p|, equal ones of rising id: of those again the
+      shortest beginning with typical_p of their weight
     the token: the first, by id, where the sum of what is kept exceeds u of its total;  u = uniform(seed, step)
 
 The draw is counter-based: nothing but the row's own logits, parameters, seed and step decides its token.
-Top-p: Holtzman et al. 2020. Min-p: Nguyen et al. 2024. Repetition penalty: Keskar et al. 2019.
+Top-p: Holtzman et al. 2020. Min-p: Nguyen et al. 2024. Typical: Meister et al. 2023. Repetition penalty: Keskar et
+al. 2019.
 """
 
 from __future__ import annotations
@@ -64,12 +67,13 @@ def sample_rows(logits: Any, settings: Sequence[np.ndarray], out: np.ndarray) ->
 
 
 def settings(params: Sequence[SamplingParams], seeds: Sequence[int], steps: Sequence[int]) -> list[np.ndarray]:
-    """The rows' numbers as kernels read them: reals [rows, 6] float64 and integers [rows, 3] int64."""
+    """The rows' numbers as kernels read them: reals [rows, 7] float64 and integers [rows, 3] int64."""
     reals = [
-        (p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params
+        (p.temperature, p.top_p, p.min_p, p.typical_p, p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        for p in params
     ]
     integers = [(p.top_k, seed, step) for p, seed, step in zip(params, seeds, steps, strict=True)]
-    return [np.array(reals, np.float64).reshape(-1, 6), np.array(integers, np.int64).reshape(-1, 3)]
+    return [np.array(reals, np.float64).reshape(-1, 7), np.array(integers, np.int64).reshape(-1, 3)]
 
 
 def token_counts(
@@ -118,7 +122,21 @@ def reference(
         order = order[: np.searchsorted(sums, params.top_p * sums[-1]) + 1]
     kept = np.zeros_like(weights)
     kept[order] = np.where(weights[order] >= params.min_p, weights[order], 0)
+    if params.typical_p < 1:
+        kept = typical(kept, params.typical_p)
     return kept / kept.sum()
+
+
+def typical(weights: np.ndarray, typical_p: float) -> np.ndarray:
+    """Weights [vocab] of which the typical ones are left: those whose logarithm is nearest to its mean."""
+    some = np.flatnonzero(weights)
+    logs = np.log(weights[some])
+    order = some[np.argsort(np.abs(logs - weights[some] @ logs / weights[some].sum()), kind="stable")]
+    sums = np.cumsum(weights[order])
+    kept = np.zeros_like(weights)
+    inside = order[: np.searchsorted(sums, typical_p * sums[-1]) + 1]
+    kept[inside] = weights[inside]
+    return kept
 
 
 def penalized(
@@ -136,6 +154,15 @@ def uniform(seed: int, step: int) -> float:
     """The number in [0, 1) of a draw, a multiple of 2^-53: Philox 4x32-10 of key `seed` and counter `step`."""
     words = philox((step & 0xFFFFFFFF, step >> 32, 0, 0), (seed & 0xFFFFFFFF, seed >> 32))
     return ((words[0] << 32 | words[1]) >> 11) * 2.0**-53
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """The seed of answer number `index` of several to one prompt: the seed itself for the first, below 2^63.
+
+    For the others the first 63 bits of Philox 4x32-10 of key `seed` and counter (index, 0, 0, 1), which no draw uses.
+    """
+    words = philox((index, 0, 0, 1), (seed & 0xFFFFFFFF, seed >> 32))
+    return seed if index == 0 else (words[0] << 32 | words[1]) >> 1
 
 
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -116,6 +116,12 @@ class Tokenizer:
             raise ArgumentError(f"token id: expected 0 to {self.vocab_size - 1}, got {token_id!r}")
         return self._cached_bytes(int(token_id))
 
+    def ids_with(self, text: str) -> list[int]:
+        """The ids of all tokens that are ordinary text and have `text` in them, ascending."""
+        wanted = text.encode()
+        ordinary = (i for i in range(self.vocab_size) if i not in self.special_ids)
+        return [i for i in ordinary if wanted in self.token_bytes(i)]
+
     def shown_bytes(self, token_id: int, *, at_start: bool, skip_special: bool) -> tuple[bytes, bool]:
         """One step of decoding: the bytes the token adds to the text, and whether the next is at the start again.
 

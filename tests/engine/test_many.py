@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ import pytest
 from headrace import LLM, SamplingParams
 from headrace.check.fakes import NaiveDecoder, TinyModel, write_tiny_model
 from headrace.engine.request import Request
+from headrace.errors import ArgumentError
+from headrace.token_rules import TokenRules
 
 CHANCE = np.random.default_rng(5)
 BEGINNING = [int(i) for i in CHANCE.integers(0, 300, 70)]
@@ -76,6 +79,79 @@ def test_alone_is_among_others(tiny: Open, alone: list[list[int]], max_requests:
     finish(llm)
     assert [request.token_ids for request in requests] == alone
     assert all(request.logits_hash for request in requests) and nothing_is_lost(llm)
+
+
+EVERYTHING = [
+    SamplingParams(
+        max_tokens=12,
+        temperature=1.4,
+        seed=seed,
+        top_k=200,
+        top_p=0.97,
+        min_p=0.001,
+        typical_p=0.95,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=0.1,
+        dry_multiplier=0.7,
+        logit_bias={seed: 2.0, 299: -100.0},
+        min_tokens=4,
+        stop_token_ids=tuple(range(40)),
+        logprobs=2,
+        prompt_logprobs=seed % 3 if seed % 2 else None,
+    )
+    for seed in range(len(PROMPTS))
+]
+RULES = TokenRules(bad_words=((50,), (60, 61)), dry_breakers=frozenset({3}))
+
+
+def test_alone_is_among_others_with_every_parameter(tiny: Open) -> None:
+    llm, expected = tiny(), list[Request]()
+    for prompt, params in zip(PROMPTS, EVERYTHING, strict=True):
+        llm.engine.clear()
+        expected.append(llm.engine.request(prompt, params, RULES))
+        assert list(llm.engine.run(expected[-1])) == expected[-1].token_ids
+    llm = tiny(max_requests=16, kv_cache_bytes=CONTEXT_BYTES)
+    guessing = [dataclasses.replace(params, speculate=i % 3) for i, params in enumerate(EVERYTHING)]
+    requests = [llm.engine.request(p, params, RULES) for p, params in zip(PROMPTS, guessing, strict=True)]
+    for request in (*requests, *[llm.engine.request(prompt, GREEDY) for prompt in PROMPTS]):
+        llm.engine.add(request)
+    finish(llm)
+    assert llm.engine.scheduler.num_preemptions > 0 and nothing_is_lost(llm)
+    assert {request.finish_reason for request in requests} == {"stop", "length"}
+    for got, other in zip(requests, expected, strict=True):
+        assert (got.token_ids, got.finish_reason) == (other.token_ids, other.finish_reason)
+        assert len(got.logprobs) == len(got.token_ids) >= 4
+        assert len(got.prompt_logprobs) == (len(got.prompt_ids) if got.params.prompt_logprobs is not None else 0)
+
+
+class Broken:
+    """A form that cannot be followed."""
+
+    def start(self) -> Broken:
+        return self
+
+    def restrict(self, row: np.ndarray) -> None:
+        raise ArgumentError("form: too costly")
+
+    def advance(self, token: int) -> None:
+        raise AssertionError("nothing was drawn")
+
+
+def test_one_that_cannot_be_drawn_for_takes_nobody_along(tiny: Open, alone: list[list[int]]) -> None:
+    llm = tiny(max_requests=16)
+    requests = [
+        llm.engine.request(prompt, params, TokenRules(form=Broken()) if i % 5 == 0 else None)
+        for i, (prompt, params) in enumerate(zip(PROMPTS, SAMPLED, strict=True))
+    ]
+    for request in requests:
+        llm.engine.add(request)
+    finish(llm)
+    for i, request in enumerate(requests):
+        assert (request.finish_reason, request.token_ids) == (("error", []) if i % 5 == 0 else ("length", alone[i]))
+    assert isinstance(requests[0].error, ArgumentError) and nothing_is_lost(llm)
+    with pytest.raises(ArgumentError, match="too costly"):
+        list(llm.engine.run(llm.engine.request([1], GREEDY, TokenRules(form=Broken()))))
 
 
 def test_known_beginnings_answer_as_computed_ones(tiny: Open, alone: list[list[int]]) -> None:

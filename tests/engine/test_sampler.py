@@ -7,7 +7,7 @@ import pytest
 
 from headrace.config import SamplingParams
 from headrace.engine.sampler import Row, Sampler
-from headrace.errors import ArgumentError
+from headrace.errors import ArgumentError, HeadraceError
 from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import program_input
 from headrace.ops.sampling import sample
@@ -21,6 +21,11 @@ class Answer:
     seed: int
     prompt_ids: list[int] = field(default_factory=lambda: [3, 7, 7])
     token_ids: list[int] = field(default_factory=list)
+    edits: tuple[()] = ()
+    error: HeadraceError | None = None
+
+    def fail(self, error):
+        self.error = error
 
 
 @pytest.fixture

@@ -31,9 +31,11 @@ class Model:
     num_pages: int = 8
     step_tokens: int = 6
     step_requests: int = 3
+    step_outputs: int = 0  # 0: as many as tokens
     slots: dict[int, list[tuple[int, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.most_outputs = self.step_outputs or self.step_tokens
         self.pool = PagePool(self.num_pages)
         self.prefixes = PrefixCache(self.pool, SIZE)
         self.scheduler = Scheduler(
@@ -43,6 +45,7 @@ class Model:
             page_size=SIZE,
             step_tokens=self.step_tokens,
             step_requests=self.step_requests,
+            step_outputs=self.most_outputs,
         )
 
     def copy_page(self, source: int, target: int) -> None:
@@ -54,8 +57,10 @@ class Model:
         parts = self.scheduler.plan(prompt_tokens)
         assert sum(part.count for part in parts) <= self.step_tokens and len(parts) <= self.step_requests
         assert len({part.request for part in parts}) == len(parts)
+        assert sum(part.num_outputs for part in parts) <= self.most_outputs
         for part in parts:
             self.compute(part)
+            self.score(part)
         self.scheduler.commit(parts, [drawn(part) for part in parts])
         self.check()
         return parts
@@ -73,6 +78,14 @@ class Model:
         held = [self.slots[sequence.pages[i // SIZE]][i % SIZE] for i in range(new_len)]
         assert held == [tuple(ids[: i + 1]) for i in range(new_len)]
 
+    def score(self, part: Part) -> None:
+        """Notes the prompt tokens whose logits a part gives, as the engine does their logprobs."""
+        request, end = part.request, len(part.request.sequence.ids)
+        if request.scored_len < len(request.prompt_ids):
+            request.prompt_logprobs += request.prompt_ids[end - part.num_outputs + 1 : end + 1]  # type: ignore[arg-type]
+        else:
+            assert part.num_outputs == part.num_draws
+
     def check(self) -> None:
         owners = [0] * self.num_pages
         for request in self.scheduler.running:
@@ -86,7 +99,7 @@ class Model:
 def drawn(part: Part) -> list[int]:
     """What the model draws after the text and after each guess that was right."""
     ids, tokens = list(part.request.ids), list[int]()
-    for i in range(part.num_outputs):
+    for i in range(part.num_draws):
         tokens.append(next_token(ids))
         ids.append(tokens[-1])
         if i < len(part.request.guesses) and part.request.guesses[i] != tokens[-1]:
@@ -106,8 +119,9 @@ def guesses(most: int) -> Callable[[Request], list[int]]:
     return guess
 
 
-def request(prompt: list[int], max_tokens: int) -> Request:
-    return Request(prompt, SamplingParams(max_tokens=max_tokens), most_tokens=8 * SIZE)
+def request(prompt: list[int], max_tokens: int, *, scores: bool = False) -> Request:
+    params = SamplingParams(max_tokens=max_tokens, prompt_logprobs=0 if scores else None)
+    return Request(prompt, params, most_tokens=8 * SIZE)
 
 
 def answer(prompt: list[int], count: int) -> list[int]:
@@ -123,6 +137,7 @@ arrivals = st.lists(
         st.integers(1, 10),  # tokens
         st.integers(0, 5),  # steps before the next one comes
         st.sampled_from(["stay", "stay", "stay", "leave"]),
+        st.booleans(),  # whether every token of its prompt has to give logits
     ),
     max_size=12,
 )
@@ -131,12 +146,12 @@ arrivals = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(arrivals, st.integers(8, 14), st.integers(1, 8), st.integers(1, 4), st.integers(0, 3))
 def test_every_request_ends_with_its_own_tokens_and_no_page_is_lost(
-    arrivals: list[tuple[list[int], int, int, str]], num_pages: int, step_tokens: int, requests: int, ahead: int
+    arrivals: list[tuple[list[int], int, int, str, bool]], num_pages: int, step_tokens: int, requests: int, ahead: int
 ) -> None:
-    model = Model(num_pages, max(step_tokens, requests * (1 + ahead)), requests)
+    model = Model(num_pages, max(step_tokens, requests * (1 + ahead)), requests, requests * (1 + ahead))
     added = list[Request]()
-    for prompt, max_tokens, steps, fate in arrivals:
-        added.append(request(prompt, max_tokens))
+    for prompt, max_tokens, steps, fate, scores in arrivals:
+        added.append(request(prompt, max_tokens, scores=scores))
         model.scheduler.add(added[-1])
         for _ in range(steps):
             model.step(2, guesses(ahead))
@@ -151,6 +166,8 @@ def test_every_request_ends_with_its_own_tokens_and_no_page_is_lost(
     for each in added:
         assert each.finish_reason in ("length", "cancelled")
         assert each.token_ids == answer(each.prompt_ids, len(each.token_ids))
+        if each.token_ids and each.params.prompt_logprobs is not None:
+            assert each.prompt_logprobs == [None, *each.prompt_ids[1:]]
         if each.finish_reason == "length":
             assert len(each.token_ids) == min(each.params.max_tokens, 8 * SIZE - len(each.prompt_ids))
     model.prefixes.clear()
@@ -185,6 +202,27 @@ def test_a_known_beginning_is_not_computed_again() -> None:
     model.scheduler.add(second)
     parts = model.step()
     assert second.reused_len == len(first.ids) - 2 and [part.count for part in parts] == [3]
+
+
+def test_a_known_beginning_is_computed_again_where_its_logits_are_wanted() -> None:
+    model = Model(num_pages=16, step_tokens=32, step_outputs=6)
+    for _ in range(2):
+        each = request([1, 2, 0] * 3, 2, scores=True)
+        model.scheduler.add(each)
+        parts = [model.step()[0] for _ in range(3)]
+        assert [(part.count, part.num_outputs, part.num_draws) for part in parts] == [(6, 6, 0), (3, 3, 1), (1, 1, 1)]
+        assert each.reused_len == 0 and each.finish_reason
+
+
+def test_rows_of_logits_are_left_for_those_who_answer() -> None:
+    model = Model(num_pages=32, step_tokens=32, step_requests=4, step_outputs=4)
+    answering, scoring = [request([i], 20) for i in range(3)], request([1] * 9, 1, scores=True)
+    for each in (*answering, scoring):
+        model.scheduler.add(each)
+    for _ in range(9):
+        counts = {part.request: part.num_outputs for part in model.step(prompt_tokens=8)}
+        assert counts == dict.fromkeys((*answering, scoring), 1)
+    assert scoring.finish_reason
 
 
 def test_two_of_the_same_share_their_pages_while_they_run() -> None:

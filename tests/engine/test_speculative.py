@@ -15,6 +15,7 @@ from headrace import LLM, SamplingParams
 from headrace.check.fakes import TinyModel, write_tiny_model
 from headrace.engine.request import Request
 from headrace.engine.speculative import Lookup, Trust, num_accepted
+from headrace.token_rules import TokenRules
 
 CHANCE = np.random.default_rng(9)
 PROMPTS = [[int(i) for i in CHANCE.integers(0, 300, length)] for length in (3, 40, 66, 12)]
@@ -89,7 +90,9 @@ def test_an_answer_ends_where_it_would_have_ended(tiny: Open) -> None:
         [short] = answers(llm, replace(GREEDY, max_tokens=max_tokens, speculate=4), PROMPTS[:1])
         assert short.token_ids == plain.token_ids[:max_tokens] and short.finish_reason == "length"
     end = plain.token_ids[9]
-    request = llm.engine.request(PROMPTS[0], replace(GREEDY, ignore_eos=False, speculate=4), frozenset([end]))
+    request = llm.engine.request(
+        PROMPTS[0], replace(GREEDY, ignore_eos=False, speculate=4), TokenRules(frozenset([end]))
+    )
     assert list(llm.engine.run(request)) == plain.token_ids[: plain.token_ids.index(end) + 1]
     assert request.finish_reason == "stop"
 

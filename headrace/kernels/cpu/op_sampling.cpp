@@ -12,7 +12,7 @@ namespace headrace {
 namespace {
 
 struct RowSettings {
-  double temperature, top_p, min_p, repetition, presence, frequency;
+  double temperature, top_p, min_p, typical_p, repetition, presence, frequency;
   int64_t top_k, seed, draw;
   bool penalized() const { return repetition != 1 || presence != 0 || frequency != 0; }
   bool greedy() const { return static_cast<float>(temperature) == 0; }
@@ -29,10 +29,11 @@ RowSettings read_settings(const Tensor& reals, const Tensor& integers, int64_t r
   auto check = [&](bool ok, const char* name, const char* expected, double got) {
     if (!ok) refuse(row, name, expected, std::to_string(got));
   };
-  RowSettings s{r[0], r[1], r[2], r[3], r[4], r[5], n[0], n[1], n[2]};
+  RowSettings s{r[0], r[1], r[2], r[3], r[4], r[5], r[6], n[0], n[1], n[2]};
   check(s.temperature >= 0 && s.temperature <= 3e38, "temperature", "0 to 3e38", s.temperature);
   check(s.top_p > 0 && s.top_p <= 1, "top_p", "more than 0 and at most 1", s.top_p);
   check(s.min_p >= 0 && s.min_p <= 1, "min_p", "0 to 1", s.min_p);
+  check(s.typical_p > 0 && s.typical_p <= 1, "typical_p", "more than 0 and at most 1", s.typical_p);
   check(s.repetition > 0 && std::isfinite(s.repetition), "repetition_penalty", "a finite number > 0", s.repetition);
   check(std::isfinite(s.presence), "presence_penalty", "a finite number", s.presence);
   check(std::isfinite(s.frequency), "frequency_penalty", "a finite number", s.frequency);
@@ -89,6 +90,20 @@ int64_t draw_token(const float* weights, const double* block_sums, int64_t n, do
   return token;
 }
 
+// Keys whose falling order is that of rising distance from the mean logarithm of the weights; -inf where there is none.
+void typical_keys(const float* x, float peak, float temperature, const float* weights, int64_t n, float* keys) {
+  double total = 0, mean = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    keys[i] = (x[i] - peak) / temperature;
+    if (!(weights[i] > 0)) continue;
+    total += static_cast<double>(weights[i]);
+    mean += static_cast<double>(weights[i]) * static_cast<double>(keys[i]);
+  }
+  mean /= total;
+  for (int64_t i = 0; i < n; ++i)
+    keys[i] = weights[i] > 0 ? -std::fabs(static_cast<float>(static_cast<double>(keys[i]) - mean)) : -INFINITY;
+}
+
 int64_t padded(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
 
 class Sample : public Op {
@@ -117,6 +132,11 @@ class Sample : public Op {
       auto* block_sums = reinterpret_cast<double*>(scratch + 2 * floats);
       kernels_.weigh(x, n, peak.value, static_cast<float>(s.temperature), weights, block_sums);
       filter(s, x, weights, block_sums, scratch + 2 * floats + sums);
+      if (s.typical_p < 1) {
+        auto* keys = reinterpret_cast<float*>(scratch);  // x may be there too: a key is written where its logit was
+        typical_keys(x, peak.value, static_cast<float>(s.temperature), weights, n, keys);
+        keep_typical(s.typical_p, keys, weights, block_sums, scratch + 2 * floats + sums);
+      }
       token = draw_token(weights, block_sums, n, uniform(static_cast<uint64_t>(s.seed), static_cast<uint64_t>(s.draw)));
     }
     ids_->at<int32_t>()[row] = static_cast<int32_t>(token);
@@ -148,6 +168,14 @@ class Sample : public Op {
     }
     if (border.ties != INT64_MAX) drop_surplus(border, x, weights, n);
     kernels_.keep_heavy(x, n, border.lowest, static_cast<float>(s.min_p), weights, block_sums);
+  }
+
+  void keep_typical(double typical_p, const float* keys, float* weights, double* block_sums, char* scratch) const {
+    const int64_t n = logits_->cols();
+    BorderSearch search(keys, weights, n, scratch);
+    Border border = search.find(INT64_MAX, typical_p * search.total());
+    if (border.ties != INT64_MAX) drop_surplus(border, keys, weights, n);
+    kernels_.keep_heavy(keys, n, border.lowest, 0.0f, weights, block_sums);
   }
 
   static void drop_surplus(const Border& border, const float* x, float* weights, int64_t n) {
@@ -182,7 +210,7 @@ void submit_sample(Runner& runner, Isa isa, const SampleTensors& t) {
   expect.dtype(*t.logits, "logits", {DType::f32});
   expect.packed(*t.logits, "logits");
   check(t.out, "out", DType::i32, {rows});
-  check(t.reals, "settings.reals", DType::f64, {rows, 6});
+  check(t.reals, "settings.reals", DType::f64, {rows, 7});
   check(t.integers, "settings.integers", DType::i64, {rows, 3});
   if (t.seen_ids) {
     check(t.seen_ids, "counts.ids", DType::i32, {-1});
