@@ -25,7 +25,7 @@ constexpr int kGroupsTogether = 1;
 template <int rows> constexpr int kKeysTogether = rows == 1 ? 4 : rows == 2 ? 2 : 1;
 template <int rows> constexpr int kColumnsTogether = rows == 1 ? 4 : rows == 2 ? 2 : 1;
 #endif
-constexpr int64_t kLongestChain = 128;  // products that may be added one after the other where another order is allowed
+constexpr int64_t kLongestChain = 64;  // products that may be added one after the other where another order is allowed
 
 // What will be needed a little later: one KV head of a block of keys. It is prefetched line by line, each at the moment
 // its counterpart of now is read: processors drop prefetches that come in bursts.
