@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from headrace.async_llm import AsyncLLM, AsyncStream, Update
+    from headrace.completion import Choice, Completion, Piece, Timings
     from headrace.config import EngineConfig, ModelConfig, SamplingParams
     from headrace.errors import HeadraceError
-    from headrace.llm import LLM, Completion, Piece, Timings
+    from headrace.llm import LLM
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "AsyncStream",
+    "Choice",
     "Completion",
     "EngineConfig",
     "HeadraceError",
@@ -33,13 +35,14 @@ _HOMES = {
     "LLM": "headrace.llm",
     "AsyncLLM": "headrace.async_llm",
     "AsyncStream": "headrace.async_llm",
-    "Completion": "headrace.llm",
+    "Choice": "headrace.completion",
+    "Completion": "headrace.completion",
     "EngineConfig": "headrace.config",
     "HeadraceError": "headrace.errors",
     "ModelConfig": "headrace.config",
-    "Piece": "headrace.llm",
+    "Piece": "headrace.completion",
     "SamplingParams": "headrace.config",
-    "Timings": "headrace.llm",
+    "Timings": "headrace.completion",
     "Update": "headrace.async_llm",
 }
 

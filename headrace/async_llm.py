@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.completion import Completion
 from headrace.config import SamplingParams
 from headrace.engine.request import Request
 from headrace.engine.worker import Ticket, Worker
 from headrace.errors import HeadraceError
-from headrace.llm import LLM, Completion
+from headrace.llm import LLM
 from headrace.text.stream import TextStream
 from headrace.text.token_rules import token_rules
 

@@ -23,7 +23,8 @@ from headrace.options import HELP, ExplainOptions, LoadOptions, with_options
 from headrace.talk import ProgressLine, say, speed_line
 
 if TYPE_CHECKING:
-    from headrace.llm import LLM, Completion, Stream
+    from headrace.completion import Completion
+    from headrace.llm import LLM, Stream
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130

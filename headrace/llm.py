@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
+from headrace.completion import Answer, Choice, Completion, Piece, Timings
 from headrace.config import EngineConfig, SamplingParams
+from headrace.engine.answers import answer_requests, likeliest
 from headrace.engine.draft import DraftModel
 from headrace.engine.engine import Engine
 from headrace.engine.request import Request
@@ -34,79 +36,38 @@ from headrace.weights.packed import find_packed
 from headrace.weights.sources import resolve
 
 Progress = Callable[[str, int, int | None], None]
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds, and tokens per second. Prefill counts the tokens it computed; decode leaves the first token out."""
-
-    load_s: float
-    prefill_s: float
-    decode_s: float
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer and how it was made. `roof_fraction` is None where the machine's roof was never measured."""
-
-    model: str
-    text: str
-    token_ids: list[int]
-    prompt_token_ids: list[int]
-    finish_reason: str  # "stop", "length" or "cancelled"
-    timings: Timings
-    bytes_per_token: int
-    gb_per_s: float
-    roof_fraction: float | None
-    logits_hash: str
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A token and the text it completes, which may be empty: characters are never split."""
-
-    text: str
-    token_id: int
+Params = SamplingParams | Sequence[SamplingParams] | None
+Conversation = Sequence[Mapping[str, Any]]
 
 
 class Stream:
     """Pieces of an answer as they come. `completion` is there when the loop has ended."""
 
-    def __init__(self, llm: LLM, request: Request, text: TextStream) -> None:
+    def __init__(self, llm: LLM, answer: Answer) -> None:
         self._llm = llm
-        self._request = request
-        self._text = text
-        self._shown: list[str] = []
+        self._answer = answer
+        self._request = answer.request
         self._pieces = self._run()
 
     def __iter__(self) -> Iterator[Piece]:
         return self._pieces
 
     def _run(self) -> Iterator[Piece]:
-        with closing(self._llm.engine.run(self._request)) as tokens:
-            for token in tokens:
-                piece = self._piece(token)
-                self._shown.append(piece)
-                yield Piece(piece, token)
-                if self._text.stopped:
+        engine = self._llm.engine
+        with closing(engine.run(self._request)) as tokens:
+            for _ in tokens:
+                piece = self._answer.push()
+                if self._answer.stopped:
+                    engine.cancel(self._request, "stop")
+                    self._answer.cut()
+                yield piece
+                if self._answer.stopped:
                     return
-
-    def _piece(self, token: int) -> str:
-        """The text a token completes; at the end also what was held back."""
-        request = self._request
-        piece = "" if request.finish_reason == "stop" else self._text.push(token)
-        if self._text.stopped:
-            request.finish_reason = "stop"
-        elif request.finish_reason:
-            piece += self._text.finish()
-        return piece
 
     @property
     def completion(self) -> Completion:
         """The whole answer so far, with its timings."""
-        return self._llm.completion(self._request, "".join(self._shown))
+        return self._llm.completion(self._request, self._answer.text)
 
 
 class LLM:
@@ -183,23 +144,59 @@ class LLM:
             raise ArgumentError("model: expected an open one, this LLM is closed", "make a new LLM")
         return self._engine
 
+    @overload
+    def generate(  # type: ignore[overload-overlap]
+        self, prompt: str | Sequence[int], params: Params = None, *, add_special: bool = True
+    ) -> Completion: ...
+
+    @overload
     def generate(
-        self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, add_special: bool = True
-    ) -> Completion:
-        """The answer to a raw prompt: text, or a list of token ids."""
-        return _finished(self.stream(prompt, params, add_special=add_special))
+        self,
+        prompt: Sequence[str | Sequence[int]],
+        params: Params = None,
+        *,
+        add_special: bool = True,
+        progress: Progress | None = None,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self, prompt: Any, params: Params = None, *, add_special: bool = True, progress: Progress | None = None
+    ) -> Completion | list[Completion]:
+        """The answer to a raw prompt, text or a list of token ids; or a list of answers to a list of prompts.
+
+        Prompts of a list are answered together, in much less time than one after the other. params: for all, or one for
+        each. progress: is told (message, done, total) as answers are ready. With n > 1 a completion has n `choices`.
+        """
+        if not _is_list_of(prompt, (str, list, tuple, np.ndarray)):
+            return self._answers([self._ids(prompt, add_special)], _for_each(params, 1), True)[0]
+        prompts = [self._ids(each, add_special) for each in prompt]
+        return self._answers(prompts, _for_each(params, len(prompts)), True, progress)
 
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, add_special: bool = True
     ) -> Stream:
         """The same, piece by piece. Checks happen here, work happens while the stream is read."""
-        if isinstance(prompt, str):
-            return self._stream(self.tokenizer.encode(prompt, add_special=add_special), params, continues=True)
-        return self._stream(prompt, params, continues=True)
+        return self._stream(self._ids(prompt, add_special), params, continues=True)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
-        """The assistant's answer to a conversation: [{"role": "user", "content": "hi"}]."""
-        return _finished(self.chat_stream(messages, params))
+    @overload
+    def chat(self, messages: Conversation, params: Params = None) -> Completion: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Conversation], params: Params = None, *, progress: Progress | None = None
+    ) -> list[Completion]: ...
+
+    def chat(
+        self, messages: Any, params: Params = None, *, progress: Progress | None = None
+    ) -> Completion | list[Completion]:
+        """The assistant's answer to a conversation: [{"role": "user", "content": "hi"}]; or to each of a list of them.
+
+        Lists, params and progress are as in `generate`.
+        """
+        if not _is_list_of(messages, (list, tuple)):
+            return self._answers([self.render(messages)], _for_each(params, 1), False)[0]
+        prompts = [self.render(each) for each in messages]
+        return self._answers(prompts, _for_each(params, len(prompts)), False, progress)
 
     def chat_stream(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Stream:
         """The same, piece by piece. Only what the last prompt or answer did not begin with is computed."""
@@ -224,14 +221,75 @@ class LLM:
         """Lets go of the model's memory. What needs the model then raises ArgumentError; closing again does nothing."""
         self._engine = None
 
+    def _ids(self, prompt: Any, add_special: bool) -> Sequence[int]:
+        return self.tokenizer.encode(prompt, add_special=add_special) if isinstance(prompt, str) else prompt
+
     def _stream(self, ids: Sequence[int], params: SamplingParams | None, *, continues: bool) -> Stream:
         params = params or SamplingParams()
         request = self.engine.request(ids, params, token_rules(self.tokenizer, params))
-        return Stream(self, request, TextStream(self.tokenizer, params.stop, continues=continues))
+        return Stream(self, Answer(request, TextStream(self.tokenizer, params.stop, continues=continues)))
+
+    def _answers(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: Sequence[SamplingParams],
+        continues: bool,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """All answers to all prompts, which the engine computes together."""
+        groups = list[list[Request]]()
+        for ids, each in zip(prompts, params, strict=True):
+            groups.append(answer_requests(self.engine, ids, each, token_rules(self.tokenizer, each)))
+        answers = {
+            request: Answer(request, TextStream(self.tokenizer, request.params.stop, continues=continues))
+            for group in groups
+            for request in group
+        }
+        self._run_all([group[0] for group in groups], answers, progress)
+        return [self._chosen(group, answers, each) for group, each in zip(groups, params, strict=True)]
+
+    def _run_all(self, firsts: Sequence[Request], answers: Mapping[Request, Answer], progress: Progress | None) -> None:
+        engine, open_requests = self.engine, set(answers)
+        try:
+            for request in firsts:
+                engine.add(request)
+            while open_requests:
+                for request in engine.step():
+                    if request in open_requests:
+                        self._take(answers[request])
+                        if request.finish_reason:
+                            open_requests.remove(request)
+                if progress:
+                    progress("answering", len(answers) - len(open_requests), len(answers))
+        finally:
+            for request in open_requests:
+                engine.cancel(request)
+
+    def _take(self, answer: Answer) -> None:
+        """Makes text of the tokens that have come; ends the answer at a stop string."""
+        request = answer.request
+        if request.error:
+            raise request.error
+        while answer.num_tokens < len(request.token_ids) and not answer.stopped:
+            answer.push()
+        if answer.stopped:
+            self.engine.cancel(request, "stop")
+            answer.cut()
+
+    def _chosen(
+        self, group: Sequence[Request], answers: Mapping[Request, Answer], params: SamplingParams
+    ) -> Completion:
+        chosen, told = likeliest(group, params.n), params.logprobs is not None
+        choices = [Choice.of(request, answers[request].text, logprobs=told) for request in chosen]
+        first = self.completion(chosen[0], choices[0].text)
+        scores = list(group[0].prompt_logprobs) if params.prompt_logprobs is not None else None
+        return replace(first, logprobs=choices[0].logprobs, prompt_logprobs=scores, choices=choices)
 
     def completion(self, request: Request, text: str) -> Completion:
         """What a request has come to, with its timings; `text` is that of its tokens."""
-        timings = _timings(self.load_s, request)
+        timings = Timings.of(self.load_s, request)
+        choice = Choice.of(request, text, logprobs=request.params.logprobs is not None)
+        scored = request.params.prompt_logprobs is not None
         read_bytes = self.bytes_per_token + self.kv_bytes_per_token * _mean_depth(request)
         gb_per_s = read_bytes * timings.decode_tokens_per_s / 1e9
         roof = this_machine().roof_for(self.bytes_per_token, self.threads)
@@ -246,25 +304,22 @@ class LLM:
             gb_per_s=gb_per_s,
             roof_fraction=gb_per_s * 1e9 / roof if roof else None,
             logits_hash=request.logits_hash,
+            logprobs=choice.logprobs,
+            prompt_logprobs=list(request.prompt_logprobs) if scored else None,
+            choices=[choice],
         )
 
 
-def _finished(stream: Stream) -> Completion:
-    for _ in stream:
-        pass
-    return stream.completion
+def _is_list_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(isinstance(each, kinds) for each in value)
 
 
-def _timings(load_s: float, request: Request) -> Timings:
-    prefilled = len(request.prompt_ids) - request.reused_len
-    decoded = len(request.token_ids) - 1
-    return Timings(
-        load_s=load_s,
-        prefill_s=request.prefill_s,
-        decode_s=request.decode_s,
-        prefill_tokens_per_s=prefilled / request.prefill_s if request.prefill_s else 0.0,
-        decode_tokens_per_s=decoded / request.decode_s if request.decode_s else 0.0,
-    )
+def _for_each(params: Params, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ArgumentError(f"params: expected one, or {count} for as many prompts, got {len(params)}")
+    return list(params)
 
 
 def _mean_depth(request: Request) -> float:

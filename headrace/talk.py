@@ -10,7 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headrace.llm import Completion
+    from headrace.completion import Completion
 
 _QUIET_S = 1.0  # what is over sooner says nothing
 _TERMINAL_PERIOD_S = 0.1

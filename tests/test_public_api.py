@@ -18,6 +18,7 @@ def test_the_names_are_sorted_and_whole():
         "LLM",
         "AsyncLLM",
         "AsyncStream",
+        "Choice",
         "Completion",
         "EngineConfig",
         "HeadraceError",

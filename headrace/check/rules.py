@@ -26,6 +26,7 @@ LAYERS = (
     ("models",),
     ("weights", "text"),
     ("engine",),
+    ("completion",),
     ("llm",),
     ("async_llm",),
     ("server",),

@@ -71,6 +71,7 @@ class Engine:
         """A checked request, not added yet. Raises ArgumentError for an empty prompt or ids outside the vocabulary, and
         PromptTooLongError when no token would fit behind it."""
         ids = _checked_ids(prompt_ids, self.config.vocab_size)
+        _check_one_answer(params)
         _check_named_ids(params, self.config.vocab_size)
         if len(ids) >= self.context_len:
             raise PromptTooLongError(
@@ -84,10 +85,10 @@ class Engine:
         """Queues it. Raises CapacityError when it could never fit."""
         self.scheduler.add(request)
 
-    def cancel(self, request: Request) -> None:
+    def cancel(self, request: Request, reason: str = "cancelled") -> None:
         """Stops it, wherever it is; what was computed stays cached until the room is needed."""
-        if request.finish_reason is None:
-            request.finish_reason = "cancelled"
+        if request.finish_reason is None or reason == "stop":
+            request.finish_reason = reason
             self._note_hash(request)
         self.scheduler.remove(request)
         for copy in request.copies:  # those it never got to start
@@ -191,6 +192,12 @@ def _rows(part: Part) -> list[Row | None]:
     """What the part's outputs are for: its text with more and more of its guesses, None where nothing is drawn."""
     request, scored = part.request, part.num_outputs - part.num_draws
     return [*[None] * scored, *(Row(request, tuple(request.guesses[:i])) for i in range(part.num_draws))]
+
+
+def _check_one_answer(params: SamplingParams) -> None:
+    for name, count in (("n", params.n), ("best_of", params.best_of or 1)):
+        if count > 1:
+            raise ArgumentError(f"{name}: expected 1 where one answer is streamed, got {count}", "generate() takes it")
 
 
 def _check_named_ids(params: SamplingParams, vocab_size: int) -> None:

@@ -159,7 +159,7 @@ def test_sixteen_bit_caches_stay_close(tiny, kv_dtype):
         ([300], ArgumentError, "token ids in 0..299, got 300"),
         ([-1], ArgumentError, "got -1"),
         ([0.5], ArgumentError, "whole numbers"),
-        ([[1], [2, 3]], ArgumentError, "list of token ids"),
+        ([[1], [[2, 3]]], ArgumentError, "at least one token"),
         ([2**70], ArgumentError, "whole numbers"),
         ([True], ArgumentError, "whole numbers"),
         (None, ArgumentError, "prompt"),
