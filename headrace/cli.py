@@ -19,7 +19,7 @@ import typer
 
 from headrace.config import EngineConfig, SamplingParams
 from headrace.errors import ArgumentError, HeadraceError
-from headrace.options import HELP, ExplainOptions, LoadOptions, with_options
+from headrace.options import HELP, ExplainOptions, LoadOptions, numbers, with_options, words
 from headrace.talk import ProgressLine, say, speed_line
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def bench_model(
     """Prefill and decode speed, as a share of what the machine could do."""
     from headrace.bench.model import ModelBench, bench_model
 
-    depths, batches = _numbers("--depth", depth, "0,1024"), _numbers("--batch", batch, "1,8")
+    depths, batches = numbers("--depth", depth, "0,1024"), numbers("--batch", batch, "1,8")
     plan = ModelBench(prompt_len, new_tokens, depths, batches, repeat, kv_dtype=kv_dtype)
     measure = bench_model
     if explain:
@@ -219,15 +219,6 @@ def bench_model(
         from headrace.bench.batches import bench_batches as measure
     with ProgressLine() as progress:
         measure(model, plan, threads=threads, json_only=as_json, progress=progress)
-
-
-def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ArgumentError(
-            f"{option}: expected whole numbers with commas, got {text!r}", f"{option} {example}"
-        ) from None
 
 
 @verb(bench, "roofline")
@@ -245,7 +236,7 @@ def bench_roofline(
     from headrace.bench.model import ModelBench
     from headrace.bench.roofline_plot import bench_roofline
 
-    plan = ModelBench(prompt_len, 8 * repeat, _numbers("--depth", depth, "0,1024"), (1,), repeat, kv_dtype=kv_dtype)
+    plan = ModelBench(prompt_len, 8 * repeat, numbers("--depth", depth, "0,1024"), (1,), repeat, kv_dtype=kv_dtype)
     with ProgressLine() as progress:
         bench_roofline(model, plan, out, threads=threads, progress=progress)
     print(out)
@@ -277,14 +268,10 @@ def bench_versus(
     from headrace.machine import usable_cores
 
     cases = chosen_cases(QUICK if quick else rows)
-    plan = Versus(cases, _words(peers), threads or usable_cores(), kv_dtype, isa, llama_lib)
+    plan = Versus(cases, words(peers), threads or usable_cores(), kv_dtype, isa, llama_lib)
     output = "json" if as_json else "markdown" if markdown else "text"
     with ProgressLine() as progress:
-        bench_versus(model or ["smollm2"], plan, types=_words(types), output=output, progress=progress)
-
-
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+        bench_versus(model or ["smollm2"], plan, types=words(types), output=output, progress=progress)
 
 
 @verb(bench, "ops")
@@ -302,7 +289,7 @@ def bench_ops(
     """The attention ops alone: speed beside the machine's roofs and beside torch."""
     from headrace.bench.ops import OpsBench, bench_ops
 
-    plan = OpsBench(_words(cases), repeat, threads, calibrate=calibrate, regret=regret)
+    plan = OpsBench(words(cases), repeat, threads, calibrate=calibrate, regret=regret)
     with ProgressLine() as progress:
         bench_ops(plan, json_only=as_json, progress=progress)
 

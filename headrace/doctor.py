@@ -34,6 +34,9 @@ def examine(progress: ProgressLine) -> str:
 
 
 def _facts(machine: Machine, isa: str) -> list[list[str]]:
+    from headrace.kernels.cpu.nodes import usable_nodes
+
+    nodes = usable_nodes()
     caches = (
         f"L{cache.level} {cache.kind} {_size(cache.num_bytes)}" + (f" for {cache.shared_by}" * (cache.shared_by > 1))
         for cache in machine.caches
@@ -43,6 +46,7 @@ def _facts(machine: Machine, isa: str) -> list[list[str]]:
         ["cores", str(machine.cores)],
         ["instruction sets", " ".join(machine.flags) or "unknown"],
         ["kernels", isa],
+        ["NUMA nodes", f"{len(nodes)}, with {' + '.join(str(len(cores)) for cores in nodes)} cores"],
         ["caches", ", ".join(caches) or "unknown"],
         ["memory", f"{machine.memory_bytes / 2**30:.1f} GiB, 2 MiB pages: {machine.huge_pages}"],
     ]

@@ -23,7 +23,7 @@ from headrace.engine.engine import Engine
 from headrace.engine.request import Request
 from headrace.errors import ArgumentError, ModelFileError
 from headrace.kernels import cpu
-from headrace.kernels.cpu import _native as native
+from headrace.kernels.cpu.nodes import make_pool
 from headrace.kv_cache.storage import bytes_per_token
 from headrace.machine import this_machine
 from headrace.text.chat import ChatTemplate
@@ -116,8 +116,8 @@ class LLM:
             self.tokenizer = Tokenizer.from_metadata(file.metadata)
             _check_vocabulary(self.tokenizer.vocab_size, self.config.vocab_size)
             self._metadata = file.metadata
-            self.pool = native.Pool(threads) if threads else cpu.default_pool()
-            weights = load_weights(file, self.config, self.pool, progress, kept=find_packed(file, packed))
+            self.pool = make_pool(threads) if threads else cpu.default_pool()
+            weights = load_weights(file, self.config, self.pool, progress, kept=find_packed(file, self.pool, packed))
         self.threads = self.pool.num_threads
         self.bytes_per_token = weights.bytes_per_token
         drafts = None if draft_model is None else self._load_drafts(str(draft_model), options, offline)

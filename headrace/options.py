@@ -14,6 +14,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import typer
 
 from headrace.config import EngineConfig
+from headrace.errors import ArgumentError
 
 HELP = {
     "max_tokens": "Tokens to answer with, at most.",
@@ -142,3 +143,18 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
         hint = str | None
     annotation = Annotated[hint, typer.Option(flag, help=HELP.get(field.name, ""))]
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def numbers(option: str, text: str, example: str) -> tuple[int, ...]:
+    """The whole numbers of a list with commas, which is what `option` was given."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ArgumentError(
+            f"{option}: expected whole numbers with commas, got {text!r}", f"{option} {example}"
+        ) from None
+
+
+def words(text: str) -> tuple[str, ...]:
+    """The words of a list with commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())

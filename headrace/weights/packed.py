@@ -29,9 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from headrace.errors import CapacityError, HeadraceError, ModelFileError, SourceError
-from headrace.kernels import cpu
 from headrace.kernels.cpu import _native as native
-from headrace.machine import cache_dir
+from headrace.machine import cache_dir, usable_cores
 from headrace.ops.linear import PackedWeight
 from headrace.weights.gguf import GGUFFile, TensorInfo, open_gguf
 from headrace.weights.load import Matrices, Progress, load_config, pack_matrices
@@ -74,7 +73,7 @@ def packed_path(source: Path) -> Path:
 
 def pack_model(model: str | Path, threads: int | None = None, progress: DownloadProgress | None = None) -> Path:
     """`write_packed` for a model by name or file."""
-    pool = native.Pool(threads) if threads else cpu.default_pool()
+    pool = native.Pool(threads or usable_cores())  # of one node: a matrix in one piece
     with open_gguf(resolve(model, progress=progress)) as file:
         return write_packed(file, pool, progress)
 
@@ -82,7 +81,8 @@ def pack_model(model: str | Path, threads: int | None = None, progress: Download
 def write_packed(file: GGUFFile, pool: native.Pool, progress: Progress | None = None) -> Path:
     """Keep the file's matrices packed; the path of what was written. What was there before is replaced at once.
 
-    Raises ModelFileError and UnsupportedError for files that cannot be run, CapacityError when the disk has no room.
+    pool: of one node. Raises ModelFileError and UnsupportedError for files that cannot be run, CapacityError when the
+    disk has no room.
     """
     load_config(file)
     target = packed_path(file.path)
@@ -119,12 +119,13 @@ def open_packed(file: GGUFFile) -> PackedFile:
         os.close(descriptor)
 
 
-def find_packed(file: GGUFFile, wanted: str = "auto") -> Matrices | None:
+def find_packed(file: GGUFFile, pool: native.Pool, wanted: str = "auto") -> Matrices | None:
     """The matrices of `open_packed`, or None where the file itself is to be packed.
 
     wanted: "auto" takes what is there, and says on stderr why not if it cannot be used; "never"; "require" raises.
+    A mapped file lies on whatever NUMA nodes it was read by: with threads on several, "auto" leaves it alone.
     """
-    if wanted == "never" or (wanted == "auto" and not packed_path(file.path).exists()):
+    if wanted == "never" or (wanted == "auto" and (pool.num_nodes > 1 or not packed_path(file.path).exists())):
         return None
     try:
         return open_packed(file).matrix

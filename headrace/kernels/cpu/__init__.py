@@ -7,7 +7,7 @@ from types import TracebackType
 
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu import _native as native
-from headrace.machine import usable_cores
+from headrace.kernels.cpu.nodes import make_pool
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
@@ -48,4 +48,4 @@ class limit_isa:
 @functools.cache
 def default_pool() -> native.Pool:
     """The pool of calls that bring none: one thread per usable core. Made on first use."""
-    return native.Pool(usable_cores())
+    return make_pool()

@@ -130,7 +130,20 @@ void bind_runtime(nb::module_& m) {
                 : rows == "outputs" ? Rows::outputs : Rows::fixed;
     return r.buffer(dtype_from_name(dtype), kind, std::move(shape));
   });
-  nb::class_<Pool, Runner>(m, "Pool").def(nb::init<int>()).def_prop_ro("num_threads", &Pool::num_threads);
+  nb::class_<Pool, Runner>(m, "Pool")
+      .def("__init__", [](Pool* p, std::vector<int> threads, std::vector<std::vector<int>> node_cpus) {
+        new (p) Pool(Nodes(threads), std::move(node_cpus));
+      }, nb::arg("threads_per_node"), nb::arg("node_cpus") = std::vector<std::vector<int>>{})
+      .def("__init__", [](Pool* p, int threads) { new (p) Pool(Nodes({threads})); })
+      .def_prop_ro("num_threads", &Pool::num_threads)
+      .def_prop_ro("num_nodes", [](const Pool& p) { return p.nodes().count(); });
+  nb::class_<Nodes>(m, "Nodes")
+      .def(nb::init<std::vector<int>>())
+      .def_prop_ro("count", &Nodes::count)
+      .def("of_thread", &Nodes::of_thread)
+      .def("begin", &Nodes::begin)
+      .def("thread_begin", &Nodes::thread_begin)
+      .def("thread_end", &Nodes::thread_end);
   nb::class_<Program, Runner>(m, "Program")
       .def(nb::init<std::shared_ptr<Pool>, Sizes>())
       .def("keep", &Program::keep)

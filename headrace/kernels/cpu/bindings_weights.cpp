@@ -32,6 +32,7 @@ void unpack(const PackedWeight& weight, FloatArray out) {
 
 // The panels as they lie in memory.
 nb::ndarray<nb::numpy, const uint8_t> panels(const WeightRef& weight) {
+  if (weight->pieces.size() > 1) throw std::invalid_argument("panels: expected a matrix in one piece, this one is shared among nodes");
   size_t shape[] = {static_cast<size_t>(weight->bytes())};
   nb::capsule keep(new WeightRef(weight), [](void* p) noexcept { delete static_cast<WeightRef*>(p); });
   return nb::ndarray<nb::numpy, const uint8_t>(weight->panel(0), 1, shape, keep);

@@ -49,7 +49,8 @@ WeightRef MappedFile::weight(WeightFormat format, int64_t rows, int64_t cols, in
   weight->rows = rows;
   weight->cols = cols;
   weight->panel_stride = panel_bytes(format, cols);
-  weight->memory = std::shared_ptr<void>(memory_, static_cast<char*>(memory_.get()) + offset);
+  std::shared_ptr<void> memory(memory_, static_cast<char*>(memory_.get()) + offset);
+  weight->pieces.push_back({0, weight->panels(), memory});
   return weight;
 }
 

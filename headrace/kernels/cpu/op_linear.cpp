@@ -53,22 +53,52 @@ class Linear : public Op {
     if (phase == 0)
       return prepare_rows(shared_rows(), chunk * kRowsPerChunk, std::min((chunk + 1) * kRowsPerChunk, tokens), tokens);
     if (prepares_ && few(tokens) && worker.begins()) prepare_rows(own_rows(worker), 0, tokens, tokens);
-    run_strip(chunk, tokens, worker);
+    Place place = place_of(chunk, worker.nodes());
+    if (tiles_fit(*place.item, tokens)) return run_tiles(*place.item, place.strip, tokens, worker);
+    run_panels(*place.item, place.strip, tokens, worker);
   }
 
-  Stream begins_at(int thread, int num_threads) const override {
-    int64_t strip = first_chunk(strips_, thread, num_threads);
-    for (const auto& item : items_) {
-      const PackedWeight& w = *item.part.weight;
-      if (strip < strips_of(item))
-        return {reinterpret_cast<const char*>(w.panel(2 * strip)), (w.panels() - 2 * strip) * w.panel_stride};
-      strip -= strips_of(item);
-    }
-    return {nullptr, 0};
+  Stream begins_at(int thread, const Nodes& nodes) const override {
+    int node = nodes.of_thread(thread);
+    int64_t end = strips_before(node + 1, nodes), first = nodes.thread_begin(strips_before(node, nodes), end, thread);
+    if (first == end) return {nullptr, 0};
+    Place place = place_of(first, nodes);
+    const PackedWeight& w = *place.item->part.weight;
+    int64_t p = 2 * place.strip;
+    return {reinterpret_cast<const char*>(w.panel(p)), (w.piece_of(p).end - p) * w.panel_stride};
   }
+
+  int64_t node_begin(int phase, const Sizes& sizes, int node, const Nodes& nodes) const override {
+    return phase == 0 ? Op::node_begin(phase, sizes, node, nodes) : strips_before(node, nodes);
+  }
+
+  // Few tokens are bound by reading weights, which is slow from another node; many are not, and there nobody should wait.
+  bool stays(int phase, const Sizes& sizes) const override { return phase == 1 && x_->rows(sizes) < kFewestStripTokens; }
 
  private:
-  static int64_t strips_of(const Item& item) { return (item.part.weight->panels() + 1) / 2; }
+  static int64_t strips_of(const Item& item) { return item.part.weight->strips(); }
+
+  // Strips are counted node by node, and within a node item by item.
+  int64_t strips_before(int node, const Nodes& nodes) const {
+    int64_t sum = 0;
+    for (const auto& item : items_) sum += nodes.begin(strips_of(item), node);
+    return sum;
+  }
+  struct Place {
+    const Item* item;
+    int64_t strip;
+  };
+  Place place_of(int64_t chunk, const Nodes& nodes) const {
+    int node = 0;
+    while (chunk >= strips_before(node + 1, nodes)) ++node;
+    chunk -= strips_before(node, nodes);
+    const Item* item = items_.data();
+    for (;; ++item) {
+      int64_t begin = nodes.begin(strips_of(*item), node), count = nodes.begin(strips_of(*item), node + 1) - begin;
+      if (chunk < count) return {item, begin + chunk};
+      chunk -= count;
+    }
+  }
 
   void declare(Item& item) {
     out(item.part.out);
@@ -84,16 +114,6 @@ class Linear : public Op {
   bool tiles_fit(const Item& item, int64_t tokens) const {
     bool floats = item.part.weight->format == WeightFormat::F32 || (item.up && item.up->format == WeightFormat::F32);
     return x_high_ && tokens >= kFewestStripTokens && !floats;
-  }
-
-  void run_strip(int64_t strip, int64_t tokens, Worker& worker) {
-    for (const auto& item : items_) {
-      if (strip < strips_of(item)) {
-        if (tiles_fit(item, tokens)) return run_tiles(item, strip, tokens, worker);
-        return run_panels(item, strip, tokens, worker);
-      }
-      strip -= strips_of(item);
-    }
   }
 
   // The rows as kernels read them: in buffers of the op, or in a thread's own memory.

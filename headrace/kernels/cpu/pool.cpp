@@ -43,6 +43,38 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+#if defined(__linux__)
+cpu_set_t set_of(const std::vector<int>& cpus) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (int cpu : cpus)
+    if (cpu >= 0 && cpu < CPU_SETSIZE) CPU_SET(cpu, &set);
+  return set;
+}
+
+// The calling thread on a node's cores for as long as this lives: it is somebody else's, and goes back to where it was.
+class OnNode {
+ public:
+  explicit OnNode(const std::vector<int>* cpus) {
+    if (!cpus || sched_getaffinity(0, sizeof before_, &before_)) return;
+    cpu_set_t set = set_of(*cpus);
+    moved_ = !sched_setaffinity(0, sizeof set, &set);
+  }
+  OnNode(const OnNode&) = delete;
+  ~OnNode() {
+    if (moved_) sched_setaffinity(0, sizeof before_, &before_);
+  }
+
+ private:
+  cpu_set_t before_;
+  bool moved_ = false;
+};
+#else
+struct OnNode {
+  explicit OnNode(const std::vector<int>*) {}
+};
+#endif
+
 }  // namespace
 
 char* Memory::take(int64_t bytes) {
@@ -57,12 +89,13 @@ char* Worker::scratch(int64_t bytes) { return own_.take(bytes); }
 char* Worker::kept(int64_t bytes) { return kept_.take(bytes); }
 char* Worker::workspace(int64_t bytes) { return shared_.take(bytes); }
 
-Pool::Pool(int num_threads) : num_threads_(num_threads), owner_process_(getpid()) {
-  if (num_threads < 1 || num_threads > 1024)
-    throw std::invalid_argument("threads: expected 1 to 1024, got " + std::to_string(num_threads));
-  taken_.reset(new Taken[static_cast<size_t>(num_threads)]);
-  for (int i = 0; i < num_threads; ++i) workers_.push_back(std::make_unique<Worker>(i, num_threads, workspace_));
-  for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { worker_loop(i); });
+Pool::Pool(Nodes nodes, std::vector<std::vector<int>> node_cpus)
+    : nodes_(std::move(nodes)), node_cpus_(std::move(node_cpus)), num_threads_(nodes_.num_threads()), owner_process_(getpid()) {
+  if (!node_cpus_.empty() && static_cast<int>(node_cpus_.size()) != nodes_.count())
+    throw std::invalid_argument("node_cpus: expected a list for each of " + std::to_string(nodes_.count()) + " nodes");
+  taken_.reset(new Taken[static_cast<size_t>(num_threads_)]);
+  for (int i = 0; i < num_threads_; ++i) workers_.push_back(std::make_unique<Worker>(i, nodes_, workspace_));
+  for (int i = 1; i < num_threads_; ++i) threads_.emplace_back([this, i] { worker_loop(i); });
 }
 
 Pool::~Pool() {
@@ -106,7 +139,8 @@ void Pool::run(const std::vector<std::unique_ptr<Op>>& ops, const Sizes& sizes, 
   generation_.fetch_and(~uint64_t{1}, std::memory_order_relaxed);
   for (int i = 0; i < num_threads_; ++i)
     for (auto& counts : taken_[i].counts) counts.store(0, std::memory_order_relaxed);
-  if (num_threads_ > 1) keep_workers_off_this_core();
+  OnNode caller(node_cpus_.empty() ? nullptr : &node_cpus_[0]);
+  if (num_threads_ > 1) place_threads();
   wake_all();
   take_part(*workers_[0]);
   if (failure_) std::rethrow_exception(failure_);
@@ -114,15 +148,22 @@ void Pool::run(const std::vector<std::unique_ptr<Op>>& ops, const Sizes& sizes, 
 
 // A woken worker is often put on the core of the thread that woke it, and then both spin for each other until the
 // system's balancer looks, some 4 ms later. So the workers keep off the caller's core, wherever that is now.
-void Pool::keep_workers_off_this_core() {
+// Those of a node are kept to its cores, too.
+void Pool::place_threads() {
 #if defined(__linux__)
   int core = sched_getcpu();
   if (core < 0 || core == caller_core_) return;
   caller_core_ = core;
   cpu_set_t usable;
-  if (sched_getaffinity(0, sizeof usable, &usable) || CPU_COUNT(&usable) < num_threads_) return;
-  CPU_CLR(core, &usable);
-  for (auto& t : threads_) pthread_setaffinity_np(t.native_handle(), sizeof usable, &usable);
+  if (sched_getaffinity(0, sizeof usable, &usable)) return;
+  for (int i = 1; i < num_threads_; ++i) {
+    int node = nodes_.of_thread(i);
+    cpu_set_t set = node_cpus_.empty() ? usable : set_of(node_cpus_[static_cast<size_t>(node)]);
+    int threads = node_cpus_.empty() ? num_threads_ : nodes_.first_thread(node + 1) - nodes_.first_thread(node);
+    if (CPU_COUNT(&set) >= threads) CPU_CLR(core, &set);
+    else if (node_cpus_.empty()) return;
+    pthread_setaffinity_np(threads_[static_cast<size_t>(i - 1)].native_handle(), sizeof set, &set);
+  }
 #endif
 }
 
@@ -166,7 +207,7 @@ class Pool::Ahead {
     if (i < searched_) return;
     next_ = end_ = nullptr;
     for (searched_ = i; searched_ < ops_.size() && !next_; ++searched_) {
-      Stream stream = ops_[searched_]->begins_at(worker_.thread(), worker_.num_threads());
+      Stream stream = ops_[searched_]->begins_at(worker_.thread(), worker_.nodes());
       next_ = stream.data;
       end_ = stream.data + std::min(stream.bytes, kAheadBytes);
     }
@@ -199,7 +240,7 @@ void Pool::take_part(Worker& worker) {
       // NOTE: after a failure every thread skips every phase, so all of them still meet at the last barrier.
       int64_t chunks = failed ? 0 : op.chunks(phase, job.sizes, num_threads_);
       if (chunks == 0) continue;
-      run_phase(op, phase, job.sizes, Chunks{chunks, parity}, worker);
+      run_phase(Phase{op, phase, job.sizes, chunks, parity}, worker);
       failed = barrier(&ahead);
       parity ^= 1;
     }
@@ -212,15 +253,32 @@ void Pool::take_part(Worker& worker) {
   barrier(nullptr);  // nobody leaves while another still reads the job
 }
 
-void Pool::run_phase(Op& op, int phase, const Sizes& sizes, Chunks chunks, Worker& worker) {
-  const int thread = worker.thread();
-  taken_[thread].counts[chunks.parity ^ 1].store(0, std::memory_order_relaxed);
+// The chunks that a thread begins with.
+Pool::Run Pool::run_of(const Phase& phase, int thread) const {
+  const int node = nodes_.of_thread(thread), next = node + 1;
+  const int64_t begin = node ? phase.op.node_begin(phase.number, phase.sizes, node, nodes_) : 0;
+  const int64_t end = next < nodes_.count() ? phase.op.node_begin(phase.number, phase.sizes, next, nodes_) : phase.chunks;
+  const int64_t first = nodes_.thread_begin(begin, end, thread);
+  return {first, nodes_.thread_end(begin, end, thread) - first, phase.parity};
+}
+
+// First a thread's own chunks, then what others have left: of its own node, then of the next ones unless the op says no.
+void Pool::run_phase(const Phase& phase, Worker& worker) {
+  const int thread = worker.thread(), own_node = nodes_.of_thread(thread);
+  taken_[thread].counts[phase.parity ^ 1].store(0, std::memory_order_relaxed);
   worker.begins_ = true;
   try {
-    for (int turn = 0; turn < num_threads_; ++turn) {
-      int owner = (thread + turn) % num_threads_;
-      for (int64_t chunk; (chunk = take(chunks, owner, turn == 0)) >= 0; worker.begins_ = false)
-        op.run(phase, chunk, worker, sizes);
+    const int nodes = phase.op.stays(phase.number, phase.sizes) ? 1 : nodes_.count();
+    for (int distance = 0; distance < nodes; ++distance) {
+      const int node = (own_node + distance) % nodes_.count();
+      const int first = nodes_.first_thread(node), threads = nodes_.first_thread(node + 1) - first;
+      const int from = distance ? 0 : thread - first;
+      for (int turn = 0; turn < threads; ++turn) {
+        const int owner = first + (from + turn) % threads;
+        const Run run = run_of(phase, owner);
+        for (int64_t chunk; (chunk = take(run, owner, owner == thread)) >= 0; worker.begins_ = false)
+          phase.op.run(phase.number, chunk, worker, phase.sizes);
+      }
     }
   } catch (...) {
     std::lock_guard<std::mutex> lock(failure_mutex_);
@@ -230,16 +288,14 @@ void Pool::run_phase(Op& op, int phase, const Sizes& sizes, Chunks chunks, Worke
 }
 
 // The next of the owner's chunks for the owner, the last one for others; -1 where none is left.
-int64_t Pool::take(Chunks chunks, int owner, bool own) {
-  const int64_t first = first_chunk(chunks.count, owner, num_threads_);
-  const int64_t count = first_chunk(chunks.count, owner + 1, num_threads_) - first;
-  auto& counts = taken_[owner].counts[chunks.parity];
+int64_t Pool::take(const Run& run, int owner, bool own) {
+  auto& counts = taken_[owner].counts[run.parity];
   uint64_t seen = counts.load(std::memory_order_relaxed);
   for (;;) {
     const auto front = static_cast<int64_t>(seen & 0xffffffff), back = static_cast<int64_t>(seen >> 32);
-    if (front + back >= count) return -1;
+    if (front + back >= run.count) return -1;
     if (counts.compare_exchange_weak(seen, seen + (own ? 1 : uint64_t{1} << 32), std::memory_order_relaxed))
-      return own ? first + front : first + count - 1 - back;
+      return own ? run.first + front : run.first + run.count - 1 - back;
   }
 }
 

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "nodes.h"
 #include "tensor.h"
 
 namespace headrace {
@@ -23,9 +24,10 @@ struct Memory {
 // What a chunk gets besides its number: who runs it, and memory of that thread's own.
 class Worker {
  public:
-  Worker(int thread, int num_threads, Memory& shared) : thread_(thread), num_threads_(num_threads), shared_(shared) {}
+  Worker(int thread, const Nodes& nodes, Memory& shared) : thread_(thread), nodes_(nodes), shared_(shared) {}
   int thread() const { return thread_; }
-  int num_threads() const { return num_threads_; }
+  int num_threads() const { return nodes_.num_threads(); }
+  const Nodes& nodes() const { return nodes_; }
   char* scratch(int64_t bytes);  // 64-byte aligned, valid until the chunk ends, contents undefined
   char* kept(int64_t bytes);     // the same, valid until the op ends; always of the same size within an op
   bool begins() const { return begins_; }  // whether this is the thread's first chunk of the phase
@@ -34,7 +36,8 @@ class Worker {
 
  private:
   friend class Pool;
-  int thread_, num_threads_;
+  int thread_;
+  const Nodes& nodes_;
   bool begins_ = true;
   Memory own_, kept_;
   Memory& shared_;
@@ -56,7 +59,13 @@ class Op {
   virtual int64_t chunks(int phase, const Sizes& sizes, int num_threads) const = 0;
   virtual void run(int phase, int64_t chunk, Worker& worker, const Sizes& sizes) = 0;
   // Where in its memory of weights a thread will begin. It is asked for while that thread waits for others, ops before.
-  virtual Stream begins_at(int /*thread*/, int /*num_threads*/) const { return {nullptr, 0}; }
+  virtual Stream begins_at(int /*thread*/, const Nodes&) const { return {nullptr, 0}; }
+  // A phase's first chunk that belongs to a node, which is not the first one.
+  virtual int64_t node_begin(int phase, const Sizes& sizes, int node, const Nodes& nodes) const {
+    return nodes.begin(chunks(phase, sizes, nodes.num_threads()), node);
+  }
+  // Whether chunks stay with their node, where their memory is, though its threads be late.
+  virtual bool stays(int /*phase*/, const Sizes&) const { return false; }
   const char* name() const { return name_; }
   const std::vector<TensorRef>& reads() const { return reads_; }
   const std::vector<TensorRef>& writes() const { return writes_; }
@@ -69,11 +78,6 @@ class Op {
   const char* name_;
   std::vector<TensorRef> reads_, writes_;
 };
-
-// A phase's chunks are cut into one run per thread: where the run of a thread begins.
-inline int64_t first_chunk(int64_t chunks, int thread, int num_threads) {
-  return (chunks * thread + num_threads - 1) / num_threads;
-}
 
 // A forked child has the pool's memory but none of its threads.
 struct ForkedPool : std::runtime_error {
@@ -90,13 +94,15 @@ class Runner {
 
 class Pool : public Runner {
  public:
-  explicit Pool(int num_threads);
+  // node_cpus: those that a node's threads are kept to; empty: all that the process may use.
+  explicit Pool(Nodes nodes, std::vector<std::vector<int>> node_cpus = {});
   ~Pool() override;
   void submit(std::unique_ptr<Op> op) override;
   TensorRef buffer(DType dtype, Rows rows, std::vector<int64_t> shape) override;
   // Runs the ops in order; `seconds`, when given, receives the time of each. Rethrows what a worker threw.
   void run(const std::vector<std::unique_ptr<Op>>& ops, const Sizes& sizes, std::vector<double>* seconds = nullptr);
   int num_threads() const { return num_threads_; }
+  const Nodes& nodes() const { return nodes_; }
   Arena& arena() { return arena_; }  // for what lives long; not for several threads at once
 
  private:
@@ -111,20 +117,30 @@ class Pool : public Runner {
   struct Taken {
     alignas(64) std::atomic<uint64_t> counts[2];
   };
-  struct Chunks {
-    int64_t count;
+  struct Phase {
+    Op& op;
+    int number;
+    const Sizes& sizes;
+    int64_t chunks;
+    int parity;
+  };
+  struct Run {
+    int64_t first, count;
     int parity;
   };
   class Ahead;
   void worker_loop(int thread);
   void take_part(Worker& worker);
-  void run_phase(Op& op, int phase, const Sizes& sizes, Chunks chunks, Worker& worker);
-  int64_t take(Chunks chunks, int owner, bool own);
+  void run_phase(const Phase& phase, Worker& worker);
+  Run run_of(const Phase& phase, int thread) const;
+  int64_t take(const Run& run, int owner, bool own);
   bool barrier(Ahead* ahead);
   void wake_all();
-  void keep_workers_off_this_core();
+  void place_threads();
   bool wait_for_job(uint64_t seen);
 
+  const Nodes nodes_;
+  const std::vector<std::vector<int>> node_cpus_;
   const int num_threads_;
   const int owner_process_;
   std::mutex running_;  // one run at a time

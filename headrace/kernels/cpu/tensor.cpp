@@ -83,9 +83,7 @@ std::shared_ptr<void> allocate_bytes(int64_t bytes) {
   return std::shared_ptr<void>(data, free);
 }
 
-Arena::Arena(int64_t) {}
-
-std::shared_ptr<void> Arena::take(int64_t bytes) { return allocate_bytes(bytes); }
+std::shared_ptr<void> Arena::take(int64_t bytes, int) { return allocate_bytes(bytes); }
 
 #else
 
@@ -105,19 +103,18 @@ std::shared_ptr<void> allocate_bytes(int64_t bytes) {
   return std::shared_ptr<void>(data, [raw, reserve](void*) { munmap(raw, reserve); });
 }
 
-Arena::Arena(int64_t bytes) : block_(allocate_bytes(bytes)), size_(bytes) {}
-
-std::shared_ptr<void> Arena::take(int64_t bytes) {
+std::shared_ptr<void> Arena::take(int64_t bytes, int node) {
   constexpr int64_t kBlockBytes = int64_t{16} << 20;
-  if (used_ + bytes > size_) {
-    if (bytes >= kBlockBytes) return allocate_bytes(bytes);
-    block_ = allocate_bytes(kBlockBytes);
-    size_ = kBlockBytes;
-    used_ = 0;
+  if (blocks_.size() <= static_cast<size_t>(node)) blocks_.resize(static_cast<size_t>(node) + 1);
+  Block& block = blocks_[static_cast<size_t>(node)];
+  if (block.used + bytes > block.size) {
+    int64_t size = block.memory || bytes > room_ ? kBlockBytes : room_;
+    if (bytes > size) return allocate_bytes(bytes);
+    block = Block{allocate_bytes(size), 0, size};
   }
-  void* piece = static_cast<char*>(block_.get()) + used_;
-  used_ += (bytes + 63) & ~int64_t{63};
-  return std::shared_ptr<void>(block_, piece);
+  void* piece = static_cast<char*>(block.memory.get()) + block.used;
+  block.used += (bytes + 63) & ~int64_t{63};
+  return std::shared_ptr<void>(block.memory, piece);
 }
 
 #endif

@@ -94,12 +94,17 @@ std::shared_ptr<void> allocate_bytes(int64_t bytes);
 class Arena {
  public:
   Arena() = default;
-  explicit Arena(int64_t bytes);              // room for that much in one block: nothing is lost between pieces
-  std::shared_ptr<void> take(int64_t bytes);  // 64-byte aligned, zeroed
+  explicit Arena(int64_t bytes) : room_(bytes) {}  // of each node, in one block: nothing is lost between pieces
+  // 64-byte aligned, zeroed. Blocks are of one NUMA node each: their pages come from the node of whoever writes them first.
+  std::shared_ptr<void> take(int64_t bytes, int node = 0);
 
  private:
-  std::shared_ptr<void> block_;
-  int64_t used_ = 0, size_ = 0;
+  struct Block {
+    std::shared_ptr<void> memory;
+    int64_t used = 0, size = 0;
+  };
+  std::vector<Block> blocks_;
+  int64_t room_ = 0;
 };
 
 }  // namespace headrace

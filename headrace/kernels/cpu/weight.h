@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace headrace {
 
@@ -47,11 +48,24 @@ struct PackedWeight {
   WeightFormat format;
   int64_t rows, cols;
   int64_t panel_stride;  // bytes
-  std::shared_ptr<void> memory;
+  struct Piece {  // panels in order, up to the next piece
+    int64_t begin, end;
+    std::shared_ptr<void> memory;
+  };
+  std::vector<Piece> pieces;  // one, or one for each NUMA node
   int64_t panels() const { return (rows + 15) / 16; }
+  int64_t strips() const { return (panels() + 1) / 2; }  // of two panels: what is shared out
   int64_t bytes() const { return panels() * panel_stride; }
-  const uint8_t* panel(int64_t p) const { return static_cast<const uint8_t*>(memory.get()) + p * panel_stride; }
-  uint8_t* panel(int64_t p) { return static_cast<uint8_t*>(memory.get()) + p * panel_stride; }
+  const Piece& piece_of(int64_t p) const {
+    const Piece* piece = pieces.data();
+    while (p >= piece->end) ++piece;
+    return *piece;
+  }
+  const uint8_t* panel(int64_t p) const {
+    const Piece& piece = piece_of(p);
+    return static_cast<const uint8_t*>(piece.memory.get()) + (p - piece.begin) * panel_stride;
+  }
+  uint8_t* panel(int64_t p) { return const_cast<uint8_t*>(static_cast<const PackedWeight*>(this)->panel(p)); }
 };
 
 // Packs panel p from the bytes a file has for its rows: 16, or what is left of the matrix.
