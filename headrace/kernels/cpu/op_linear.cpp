@@ -227,7 +227,10 @@ class Linear : public Op {
     a.panel_stride = source.stride;
     a.panels = source.panels;
     a.ahead = source.ahead;
-    kernels_.tile(source.format, a);
+    if (a.tokens > 1) return kernels_.tile(source.format, a);
+    // Of one token memory binds, and two panels side by side are two streams: a third slower than one after the other.
+    for (a.panels = 1; a.panel < source.panel + source.panels * source.stride; a.panel += source.stride, a.result += kPanelRows)
+      kernels_.tile(source.format, a);
   }
 
   // The two panels of a strip as bf16 tiles.
