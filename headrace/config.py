@@ -166,6 +166,8 @@ class SamplingParams:
             raise ArgumentError(f"best_of: expected at least n = {self.n}, got {self.best_of}")
         if self.min_tokens > self.max_tokens:
             raise ArgumentError(f"min_tokens: expected at most max_tokens = {self.max_tokens}, got {self.min_tokens}")
+        if self.structure and self.ignore_eos:
+            raise ArgumentError(f"ignore_eos: expected False with {self.structure[0]}, whose end is the answer's")
         if len(self.structure) > 1:
             expected = f"one of {', '.join(STRUCTURES[:-1])} and {STRUCTURES[-1]}"
             raise ArgumentError(f"{self.structure[1]}: expected {expected}, got {' and '.join(self.structure)}")

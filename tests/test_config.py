@@ -45,6 +45,7 @@ from headrace.errors import ArgumentError
         ({"json_schema": {"a": math.nan}}, "json_schema"),
         ({"json_schema": {"a": object()}}, "json_schema"),
         ({"regex": "a", "choice": ("b",)}, "choice: expected one of .*, got regex and choice"),
+        ({"regex": "a", "ignore_eos": True}, "ignore_eos: expected False with regex"),
         ({"json_object": True, "grammar": "x"}, "got json_object and grammar"),
     ],
 )

@@ -10,12 +10,13 @@ _BEFORE = "\n"  # what a word's spelling does not merge with
 
 
 def token_rules(tokenizer: Tokenizer, params: SamplingParams) -> TokenRules:
-    """What the engine needs to know beside `params`."""
+    """What the engine needs to know beside `params`. Raises ArgumentError for a form that is none."""
     words = [spelling for word in params.bad_words for spelling in _spellings(tokenizer, word)]
     return TokenRules(
         end_ids=tokenizer.end_ids,
         bad_words=tuple(dict.fromkeys(words)),
         dry_breakers=_breakers(tokenizer, params.dry_breakers) if params.dry_multiplier else frozenset(),
+        form=tokenizer.forms.form(params) if params.structure else None,
     )
 
 

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.errors import ArgumentError, UnsupportedError
 from headrace.text.pretokenizers import find_word_cut
 from headrace.text.vocabulary import Vocabulary, read_flag, read_name, read_numbers, read_strings, read_vocabulary
+
+if TYPE_CHECKING:
+    from headrace.text.structured import Forms
 
 
 class Encoder(Protocol):
@@ -86,6 +89,13 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """The ids that are marks and not text; `decode` leaves them out unless told otherwise."""
         return self._vocabulary.special_ids
+
+    @functools.cached_property
+    def forms(self) -> Forms:
+        """The forms that answers in these tokens can be given; UnsupportedError where llguidance is not installed."""
+        from headrace.text.structured import Forms
+
+        return Forms(self)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """The token ids of `text`.
