@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from headrace.completion import Completion
 from headrace.config import SamplingParams
+from headrace.engine.answers import answer_requests, likeliest
 from headrace.engine.request import Request
 from headrace.engine.worker import Ticket, Worker
-from headrace.errors import HeadraceError
+from headrace.errors import ArgumentError, HeadraceError
 from headrace.llm import LLM
 from headrace.text.stream import TextStream
 from headrace.text.token_rules import token_rules
@@ -42,6 +43,7 @@ class AsyncStream:
 
     def __init__(self, llm: AsyncLLM, request: Request, text: TextStream) -> None:
         self.request = request
+        self.group = [self]  # the answers to one prompt, the one first that the others are copies of
         self.finish_reason: str | None = None
         self.num_tokens = 0  # of the answer, up to the last update
         self._llm, self._text = llm, text
@@ -52,7 +54,10 @@ class AsyncStream:
     async def start(self) -> None:
         """Queues the request. Raises CapacityError where it can never fit. Reading the updates does it too."""
         if self._ticket is None:
-            self._ticket = self._llm._add(self.request)
+            tickets = self._llm._add(self.group[0].request)
+            for stream, ticket in zip(self.group, tickets, strict=True):
+                stream._ticket = ticket
+        assert self._ticket is not None
         while not self._ticket.accepted and self._ticket.state[1] is None:
             await self._ticket.news()
 
@@ -72,7 +77,22 @@ class AsyncStream:
     @property
     def completion(self) -> Completion:
         """The answer up to the last update, with its timings."""
-        return self._llm.llm.completion(self.request, self.text)
+        completion = self._llm.llm.completion(self.request, self.text)
+        # Up to a stop string: the engine may have gone on for a step.
+        count = self.num_tokens
+        choice = replace(
+            completion.choices[0],
+            token_ids=completion.token_ids[:count],
+            finish_reason=self.finish_reason or "length",
+            logprobs=None if completion.logprobs is None else completion.logprobs[:count],
+        )
+        return replace(
+            completion,
+            token_ids=choice.token_ids,
+            finish_reason=choice.finish_reason,
+            logprobs=choice.logprobs,
+            choices=[choice],
+        )
 
     def cancel(self) -> None:
         """Stops the request and gives its memory back."""
@@ -105,6 +125,8 @@ class AsyncStream:
                 pieces.append(self._text.push(self.request.token_ids[self.num_tokens - 1]))
         if self._text.stopped:
             reason = "stop"
+        elif reason == "error" and self.request.error is not None:
+            raise self.request.error
         elif reason:
             pieces.append(self._text.finish())
         self.finish_reason = reason
@@ -141,16 +163,38 @@ class AsyncLLM:
         self, prompt: str | Sequence[int], params: SamplingParams | None = None, *, add_special: bool = True
     ) -> Completion:
         """The whole answer to a raw prompt. Cancelling the task stops it."""
-        return await _finished(self.stream(prompt, params, add_special=add_special))
+        params = params or SamplingParams()
+        ids = self.llm.tokenizer.encode(prompt, add_special=add_special) if isinstance(prompt, str) else prompt
+        return await _finished(self.choices(ids, params, continues=True), params.n)
 
     async def chat(self, messages: Sequence[Mapping[str, Any]], params: SamplingParams | None = None) -> Completion:
         """The whole answer to a conversation."""
-        return await _finished(self.chat_stream(messages, params))
+        params = params or SamplingParams()
+        return await _finished(self.choices(self.llm.render(messages), params), params.n)
+
+    def choices(self, ids: Sequence[int], params: SamplingParams, *, continues: bool = False) -> list[AsyncStream]:
+        """The best_of (or n) answers to one prompt, which is computed once. Stopping the first stops those that wait.
+
+        continues: they go on from the prompt's text, as after raw prompts.
+        """
+        requests = answer_requests(self.llm.engine, ids, params, token_rules(self.llm.tokenizer, params))
+        streams = [
+            AsyncStream(self, request, TextStream(self.llm.tokenizer, params.stop, continues=continues))
+            for request in requests
+        ]
+        for stream in streams:
+            stream.group = streams
+        return streams
 
     @property
     def num_requests(self) -> int:
         """Requests that wait or run."""
         return self.worker.num_requests
+
+    @property
+    def max_requests(self) -> int:
+        """Requests that are computed at once; others wait."""
+        return self.worker.engine.max_requests
 
     async def drain(self, timeout_s: float) -> bool:
         """Takes nothing new, and waits for what runs; what has not ended by then is stopped. Whether all ended."""
@@ -170,19 +214,28 @@ class AsyncLLM:
 
     def _stream(self, ids: Sequence[int], params: SamplingParams | None, *, continues: bool) -> AsyncStream:
         params = params or SamplingParams()
-        request = self.llm.engine.request(ids, params, token_rules(self.llm.tokenizer, params))
-        return AsyncStream(self, request, TextStream(self.llm.tokenizer, params.stop, continues=continues))
+        if params.n > 1 or params.best_of not in (None, 1):
+            raise ArgumentError(f"n: expected 1 for a stream, got {params.n}", "choices() gives a stream for each")
+        return self.choices(ids, params, continues=continues)[0]
 
-    def _add(self, request: Request) -> Ticket:
+    def _add(self, request: Request) -> list[Ticket]:
         if self._closing:
             raise HeadraceError("the model is being closed", "make a new AsyncLLM")
-        return self.worker.add(request)[0]
+        return self.worker.add(request)
 
 
-async def _finished(stream: AsyncStream) -> Completion:
+async def _finished(streams: Sequence[AsyncStream], count: int) -> Completion:
+    """The likeliest of the answers, or all in order where none is to be left out."""
     try:
-        async for _ in stream:
-            pass
+        await asyncio.gather(*(_read(stream) for stream in streams))
     finally:
-        await stream.aclose()
-    return stream.completion
+        for stream in streams:
+            await stream.aclose()
+    by_request = {stream.request: stream for stream in streams}
+    chosen = [by_request[request].completion for request in likeliest(list(by_request), count)]
+    return replace(chosen[0], choices=[completion.choices[0] for completion in chosen])
+
+
+async def _read(stream: AsyncStream) -> None:
+    async for _ in stream:
+        pass

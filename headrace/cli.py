@@ -1,16 +1,14 @@
 """The command line: one function per verb.
 
-stdout is data, stderr is talk. A HeadraceError is one message with a hint and exit code 2, Ctrl-C is 130, a reader that
-went away is 141. Anything heavy is imported by the verb that needs it: the first token must not wait for the others.
+stdout is data, stderr is talk; `verbs.py` has what all verbs share. Anything heavy is imported by the verb that needs
+it: the first token must not wait for the others.
 """
 
 from __future__ import annotations
 
-import functools
 import gc
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,17 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from headrace.config import EngineConfig, SamplingParams
-from headrace.errors import ArgumentError, HeadraceError
-from headrace.options import HELP, ExplainOptions, LoadOptions, numbers, with_options, words
+from headrace.errors import ArgumentError, UnsupportedError
+from headrace.options import HELP, ExplainOptions, LoadOptions, numbers, words
+from headrace.server.settings import ServeOptions
 from headrace.talk import ProgressLine, say, speed_line
+from headrace.verbs import verb
 
 if TYPE_CHECKING:
     from headrace.completion import Completion
     from headrace.llm import LLM, Stream
-
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
-EXIT_NO_READER = 141
 
 Model = Annotated[str, typer.Option("-m", "--model", help="A known name, a file, hf:... or pypi:...")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
@@ -57,46 +53,6 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal without the character is no reason to stop
     gc.set_threshold(100_000)  # a start makes that many objects, and nearly all of them stay
     app(prog_name="headrace")
-
-
-def verb(place: typer.Typer, name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Makes a function a verb: dataclass parameters become options, errors become messages and exit codes."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        expanded = with_options(function)
-
-        @functools.wraps(expanded)
-        def guarded(**values: Any) -> None:
-            code = _exit_code(expanded, values)
-            if code:
-                raise SystemExit(code)
-
-        place.command(name)(guarded)
-        return function
-
-    return register
-
-
-def _exit_code(function: Callable[..., None], values: dict[str, Any]) -> int:
-    try:
-        function(**values)
-        sys.stdout.flush()
-    except HeadraceError as error:
-        say(f"error: {error}")
-        return EXIT_MISTAKE
-    except KeyboardInterrupt:
-        say("\ninterrupted")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at the end
-        return EXIT_NO_READER
-    except OSError as error:
-        say(f"error: {error.filename or 'system'}: {error.strerror or error}")
-        return EXIT_MISTAKE
-    except MemoryError:
-        say("error: the system has no memory left for this\n  hint: a smaller model, or a smaller --context-len")
-        return EXIT_MISTAKE
-    return 0
 
 
 @verb(app)
@@ -141,12 +97,12 @@ def read_prompt(prompt: str, raw: bool = False) -> str:
     return prompt if raw else prompt.removesuffix("\n").removesuffix("\r")
 
 
-def load(model: str, loading: LoadOptions) -> LLM:
-    """The model, with progress for what takes over a second."""
+def load(model: str, loading: LoadOptions, **given: Any) -> LLM:
+    """The model, with progress for what takes over a second. given: further arguments of LLM."""
     from headrace.llm import LLM
 
     with ProgressLine() as progress:
-        return LLM(model, **asdict(loading), progress=progress)
+        return LLM(model, **asdict(loading), **given, progress=progress)
 
 
 def print_stream(stream: Stream) -> Completion:
@@ -189,6 +145,22 @@ def chat(sampling: SamplingParams, loading: LoadOptions, model: Model = "smollm2
     from headrace.conversation import converse
 
     converse(load(model, loading), sampling)
+
+
+@verb(app)
+def serve(
+    options: ServeOptions,
+    loading: LoadOptions,
+    model: Annotated[
+        list[str], typer.Option("-m", "--model", help="As for run, or NAME=...; may be given several times.")
+    ] = ["smollm2"],  # noqa: B006 - typer copies it
+) -> None:
+    """Answer many people at once over HTTP: OpenAI's API, Anthropic's, a chat page."""
+    try:
+        from headrace.server.serve import serve
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(f"serve: {error.name} is not installed", 'pip install "headrace[server]"') from error
+    serve(model, options, lambda source, **given: load(source, loading, **given))
 
 
 @verb(bench, "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -75,6 +76,27 @@ def test_updates_are_the_completion_piece_by_piece(path: Path, alone: list[str])
     asyncio.run(main())
 
 
+def test_answers_to_one_prompt_are_those_of_the_library(path: Path) -> None:
+    params = SamplingParams(max_tokens=8, ignore_eos=True, temperature=1.0, seed=3, n=2, best_of=4)
+    llm = LLM(path, kv_dtype="float32")
+    expected = llm.generate("a mill", params)
+    llm.close()
+
+    async def main() -> None:
+        async with opened(path) as llm:
+            found = await llm.generate("a mill", params)
+            assert [choice.text for choice in found.choices] == [choice.text for choice in expected.choices]
+            first, second = llm.choices([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True, n=2))
+            llm.worker.call(_pause)
+            task = asyncio.create_task(_read(second))
+            await until(lambda: llm.num_requests == 2)
+            first.cancel()  # the second would begin when the first's prompt was computed
+            await task
+            assert second.finish_reason == "cancelled"
+
+    asyncio.run(main())
+
+
 def test_a_chat_ends_at_its_stop_string(path: Path) -> None:
     messages = [{"role": "user", "content": "go on"}]
     llm = LLM(path, kv_dtype="float32")
@@ -103,7 +125,7 @@ def test_a_reader_that_dawdles_holds_up_nobody_and_misses_nothing(path: Path, al
             await until(lambda: not llm.num_requests)
             rest = [update async for update in updates]
             assert first.text + "".join(update.text for update in rest) == alone[0]
-            assert len(rest) == 1  # the newest state is enough
+            assert len(rest) <= 1  # the newest state is enough
 
     asyncio.run(main())
 
@@ -169,6 +191,11 @@ def _broken(*_: object) -> list[int]:
     raise RuntimeError("no such page")
 
 
+def _pause() -> None:
+    """Keeps the engine from being done before anyone looks."""
+    time.sleep(0.1)
+
+
 async def _read(stream: Any) -> None:
     async for _ in stream:
         pass
@@ -177,6 +204,7 @@ async def _read(stream: Any) -> None:
 def test_draining_lets_those_end_that_run_and_takes_no_more(path: Path, alone: list[str]) -> None:
     async def main() -> None:
         async with opened(path) as llm:
+            llm.worker.call(_pause)
             task = asyncio.create_task(llm.generate(PROMPTS[0], PARAMS))
             await until(lambda: llm.num_requests == 1)
             assert await llm.drain(10)
@@ -190,6 +218,7 @@ def test_draining_lets_those_end_that_run_and_takes_no_more(path: Path, alone: l
 def test_draining_stops_what_takes_too_long(path: Path) -> None:
     async def main() -> None:
         async with opened(path) as llm:
+            llm.worker.call(_pause)
             task = asyncio.create_task(llm.generate("x", ENDLESS))
             await until(lambda: llm.num_requests == 1)
             assert not await llm.drain(0)
@@ -201,6 +230,7 @@ def test_draining_stops_what_takes_too_long(path: Path) -> None:
 def test_closing_tells_those_who_wait(path: Path) -> None:
     async def main() -> None:
         llm = AsyncLLM(path)
+        llm.worker.call(_pause)
         task = asyncio.create_task(llm.generate("x", ENDLESS))
         await until(lambda: llm.num_requests == 1)
         await asyncio.to_thread(llm.close)

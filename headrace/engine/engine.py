@@ -43,7 +43,7 @@ class Engine:
     ) -> None:
         self.context_len = engine.context_len or config.context_len
         self.config = config
-        self.chunk_len = engine.chunk_len
+        self.chunk_len, self.max_requests = engine.chunk_len, engine.max_requests
         self.page_size = engine.page_size
         num_pages = pages_that_fit(config, engine, self.context_len)
         self.pool = PagePool(num_pages)

@@ -72,7 +72,7 @@ class Worker:
     def cancel(self, ticket: Ticket) -> None:
         """Stops a request before the next step. One that has ended is left as it is."""
         if self._tickets.pop(ticket.request, None) is not None:
-            self._post(partial(self.engine.cancel, ticket.request), needed=False)
+            self._post(partial(self._cancel, ticket.request), needed=False)
 
     def cancel_all(self) -> None:
         """Stops every request; readers see the finish reason "cancelled"."""
@@ -152,7 +152,7 @@ class Worker:
         self._tell(changed)
 
     def _add(self, request: Request, tickets: list[Ticket]) -> None:
-        if any(ticket.request not in self._tickets for ticket in tickets):
+        if request not in self._tickets:
             return  # cancelled meanwhile
         try:
             self.engine.add(request)
@@ -162,6 +162,15 @@ class Worker:
             for ticket in tickets:
                 ticket.error = error
                 self._tickets.pop(ticket.request, None)
+        self._tell(tickets)
+
+    def _cancel(self, request: Request) -> None:
+        """Stops a request, and with it those of its copies that have not begun."""
+        copies = [self._tickets.pop(copy, None) for copy in request.copies]
+        self.engine.cancel(request)
+        tickets = [ticket for ticket in copies if ticket is not None]
+        for ticket in tickets:
+            ticket.state = (0, "cancelled")
         self._tell(tickets)
 
     def _cancel_all(self) -> None:

@@ -50,6 +50,11 @@ class ChatTemplate:
         """The names of the templates, sorted; most models have "default" only."""
         return tuple(sorted(self._sources))
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether any of the templates does something with tools."""
+        return any("tools" in source for source in self._sources.values())
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

@@ -1,0 +1,107 @@
+"""The application: routes, what stands before them, and what begins and ends with it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+import headrace
+from headrace.errors import HeadraceError
+from headrace.server import chat, completions, status
+from headrace.server.generation import LOG, Server
+from headrace.server.guard import Guard
+from headrace.server.metrics import Metrics
+from headrace.server.problems import Problem, on_error
+from headrace.server.registry import Load, Registry
+from headrace.server.settings import ServerSettings
+
+_PAGE = Path(__file__).parent / "page"
+_MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+_PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def create_app(models: Sequence[str], load: Load, settings: ServerSettings | None = None) -> FastAPI:
+    """The application for these models. load: makes an AsyncLLM of a model's source; the first begins at the start."""
+    settings = settings or ServerSettings()
+    registry = Registry(models, load)
+    app = FastAPI(title="headrace", version=headrace.__version__, lifespan=_lifespan, redoc_url=None)
+    app.state.server = Server(settings, registry, Metrics(registry))  # type: ignore[arg-type]
+    app.state.loading = True
+    for part in (chat, completions, status):
+        app.include_router(part.router)
+    app.add_api_route("/", _index, include_in_schema=False)
+    app.add_api_route("/page/{name}", _page_file, include_in_schema=False)
+    for kind in (HeadraceError, HTTPException, RequestValidationError, Exception):
+        app.add_exception_handler(kind, on_error)
+    guard: list[Guard] = []
+    app.state.guards = guard
+
+    def guarded(inner: object) -> Guard:
+        guard.append(Guard(inner, settings))  # type: ignore[arg-type]
+        return guard[-1]
+
+    app.add_middleware(guarded)  # type: ignore[arg-type]
+    if settings.cors_origin:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.cors_origin), allow_methods=["*"], allow_headers=["*"]
+        )
+    return app
+
+
+async def drain(app: FastAPI) -> bool:
+    """Takes no more requests, and lets those that run end within the time there is for it. Whether all did."""
+    for guard in app.state.guards:
+        guard.draining = True
+    server: Server = app.state.server
+    return await server.models.drain(server.settings.drain_timeout_s)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    server: Server = app.state.server
+    tasks = [asyncio.create_task(_load_first(app))]
+    if server.settings.idle_unload_s:
+        tasks.append(asyncio.create_task(server.models.unload_idle(server.settings.idle_unload_s)))
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await server.models.close()
+
+
+async def _load_first(app: FastAPI) -> None:
+    server: Server = app.state.server
+    try:
+        (await server.models.acquire(server.models.first.name)).release()
+        app.state.loading = False
+    except HeadraceError as error:  # /health keeps saying 503; a request for the model says why
+        LOG.error("%s: %s", server.models.first.name, error)
+
+
+def _index(request: Request) -> Response:
+    return _page_file("index.html")
+
+
+def _page_file(name: str) -> Response:
+    path = _PAGE / name
+    media_type = _MEDIA_TYPES.get(path.suffix)
+    if media_type is None or path.parent != _PAGE or not path.is_file():
+        raise Problem(404, f"there is no page {name!r:.60}", code="not_found")
+    return Response(path.read_bytes(), headers=_PAGE_HEADERS, media_type=media_type)

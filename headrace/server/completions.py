@@ -1,0 +1,163 @@
+"""POST /v1/completions: text that goes on from a prompt, whole or in pieces."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import Any, ClassVar
+
+from fastapi import APIRouter
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from headrace.async_llm import AsyncLLM, AsyncStream
+from headrace.server.events import DONE, EventStream, data, dumps
+from headrace.server.generation import LOG, Generation, begin, server_of, unless_gone
+from headrace.server.problems import Problem, unsupported
+from headrace.server.protocol import MOST_CHOICES, Refused, Sampling, StreamOptions, StrictRoute
+
+router = APIRouter(route_class=StrictRoute)
+_DEFAULT_TOKENS = 16
+_MOST_PROMPTS = 64
+
+Prompt = str | list[int]
+
+
+class CompletionRequest(Sampling):
+    """OpenAI's fields, and those of SamplingParams. prompt: text or token ids, or a list of either."""
+
+    refused: ClassVar[Refused] = {"suffix": ("text is made from left to right", ("",))}
+
+    model: str
+    prompt: str | list[int] | list[str] | list[list[int]]
+    max_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    user: str | None = None
+
+    def check(self) -> None:
+        """Refuses what cannot be done, before anything is loaded."""
+        if self.logprobs is not None:
+            raise unsupported("logprobs", "not yet")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise unsupported("best_of", "only as many as n")
+        if self.stream_options is not None and not self.stream:
+            raise Problem(400, "stream_options: only with stream", param="stream_options", code="invalid_value")
+        if not 0 < len(self.prompts) <= _MOST_PROMPTS:
+            raise Problem(400, f"prompt: expected 1 to {_MOST_PROMPTS} prompts", param="prompt", code="invalid_value")
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if self.prompt and isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    def streams(self, llm: AsyncLLM) -> list[AsyncStream]:
+        """An answer to come for each choice of each prompt."""
+        params = self.drawn(max_tokens=self.max_tokens or _DEFAULT_TOKENS, n=self.n or 1)
+        encode = llm.llm.tokenizer.encode
+        ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompts]
+        return [stream for each in ids for stream in llm.choices(each, params, continues=True)]
+
+
+@router.post("/v1/completions")
+async def create_completion(body: CompletionRequest, request: Request) -> Response:
+    """Goes on from a prompt."""
+    body.check()
+    server = server_of(request)
+    generation = await begin(server, body.model, body.streams)
+    if server.settings.log_prompts:
+        LOG.info("prompt: %s", body.prompt)
+    answer = TextAnswer(body, generation)
+    if body.stream:
+        return EventStream(answer.events(), generation.close, server.settings.keep_alive_s)
+    try:
+        return await unless_gone(request, answer.whole())
+    finally:
+        generation.close()
+
+
+class TextAnswer:
+    """Puts what comes into OpenAI's JSON."""
+
+    def __init__(self, body: CompletionRequest, generation: Generation) -> None:
+        self._body, self._generation = body, generation
+        self._head = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": body.model,
+        }
+        self._begin = b"data: " + dumps(self._head)[:-1] + b',"choices":[{"index":'
+        self._echoed = [self._echo(index) for index in range(len(generation.streams))]
+
+    async def whole(self) -> Response:
+        """The completion, once all choices have ended."""
+        await self._generation.finish()
+        choices = [
+            {
+                "index": index,
+                "text": self._echoed[index] + stream.text,
+                "logprobs": None,
+                "finish_reason": _reason(stream),
+            }
+            for index, stream in enumerate(self._generation.streams)
+        ]
+        content = {**self._head, "choices": choices, "usage": self._usage, "headrace": self._generation.speed}
+        return Response(dumps(content), media_type="application/json")
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """The chunks of a stream."""
+        for index, text in enumerate(self._echoed):
+            if text:
+                yield self._chunk(index, text)
+        async for index, update in self._generation.updates():
+            reason = _reason(self._generation.streams[index]) if update.finish_reason else None
+            if update.text or reason:
+                yield self._chunk(index, update.text, reason)
+        options = self._body.stream_options or StreamOptions()
+        if options.include_usage or options.include_speed:
+            extra: dict[str, Any] = {"choices": []}
+            if options.include_usage:
+                extra["usage"] = self._usage
+            if options.include_speed:
+                extra["headrace"] = self._generation.speed
+            yield data({**self._head, **extra})
+        yield DONE
+
+    def _chunk(self, index: int, text: str, reason: str | None = None) -> bytes:
+        ended = b"null" if reason is None else b'"' + reason.encode() + b'"'
+        said = json.dumps(text).encode()
+        return b'%s%d,"text":%s,"logprobs":null,"finish_reason":%s}]}\n\n' % (self._begin, index, said, ended)
+
+    def _echo(self, index: int) -> str:
+        if not self._body.echo:
+            return ""
+        prompt = self._body.prompts[index // (self._body.n or 1)]
+        tokenizer = self._generation.model.loaded.llm.tokenizer
+        return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
+
+    @property
+    def _usage(self) -> dict[str, Any]:
+        each = self._body.n or 1
+        requests = [stream.request for stream in self._generation.streams[::each]]
+        usage = self._generation.usage
+        usage["prompt_tokens"] = sum(len(request.prompt_ids) for request in requests)
+        usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+        usage["prompt_tokens_details"] = {"cached_tokens": sum(request.reused_len for request in requests)}
+        return usage
+
+
+def _reason(stream: AsyncStream) -> str:
+    if stream.finish_reason == "cancelled":
+        raise Problem(503, "the server is shutting down", code="shutting_down")
+    return stream.finish_reason or "stop"

@@ -1,0 +1,126 @@
+"""Conversations on their way to a chat template: parts become text, tools become what the template knows.
+
+Where a template knows nothing of tools, they are told in a system message and calls are written as Hermes models do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from headrace.llm import LLM
+from headrace.server.problems import Problem, unsupported
+
+Message = dict[str, Any]
+
+_TOOLS_TOLD = """\
+You may call these functions:
+<tools>
+{tools}
+</tools>
+To call one, write a JSON object with its name and arguments between marks:
+<tool_call>
+{{"name": "...", "arguments": {{...}}}}
+</tool_call>"""
+
+
+def flat_text(content: Any, where: str, kinds: Sequence[str] = ("text",)) -> str | None:
+    """The text of a content that may be a list of parts."""
+    if content is None or isinstance(content, str):
+        return content
+    pieces = []
+    for i, part in enumerate(content):
+        if part.get("type") not in kinds:
+            raise unsupported(f"{where}[{i}].type", f"content of type {part.get('type')!r:.40}, only text is")
+        if not isinstance(part.get("text"), str):
+            raise Problem(400, f"{where}[{i}].text: expected text", param=f"{where}[{i}].text", code="invalid_type")
+        pieces.append(part["text"])
+    return "".join(pieces)
+
+
+def for_template(messages: Sequence[Message]) -> list[Message]:
+    """Messages as templates expect them: text for content, mappings for the arguments of calls."""
+    return [_plain(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _plain(message: Message, where: str) -> Message:
+    plain = {**message, "content": flat_text(message.get("content"), f"{where}.content")}
+    if plain["role"] == "developer":
+        plain["role"] = "system"
+    if plain.get("tool_calls"):
+        plain["tool_calls"] = [
+            _plain_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(plain["tool_calls"])
+        ]
+    return {name: value for name, value in plain.items() if value is not None}
+
+
+def _plain_call(call: Any, where: str) -> dict[str, Any]:
+    function = dict(call["function"])
+    try:
+        function["arguments"] = json.loads(function["arguments"] or "{}")
+    except ValueError as error:
+        param = f"{where}.function.arguments"
+        raise Problem(400, f"{param}: expected JSON: {error}", param=param, code="invalid_value") from error
+    return {**call, "function": function}
+
+
+def without_tool_roles(messages: Sequence[Message], tools: Sequence[dict[str, Any]]) -> list[Message]:
+    """The same conversation for a template that knows no tools."""
+    told = _TOOLS_TOLD.format(tools="\n".join(json.dumps(tool["function"]) for tool in tools)) if tools else ""
+    plain: list[Message] = []
+    for message in messages:
+        if message["role"] == "tool":
+            answer = f"<tool_response>\n{message.get('content') or ''}\n</tool_response>"
+            if plain and plain[-1]["role"] == "user" and plain[-1]["content"].startswith("<tool_response>"):
+                plain[-1] = {"role": "user", "content": plain[-1]["content"] + "\n" + answer}
+            else:
+                plain.append({"role": "user", "content": answer})
+        elif message.get("tool_calls"):
+            plain.append({"role": "assistant", "content": _calls_as_text(message)})
+        else:
+            plain.append(message)
+    if not told:
+        return plain
+    if plain and plain[0]["role"] == "system":
+        return [{**plain[0], "content": plain[0]["content"] + "\n\n" + told}, *plain[1:]]
+    return [{"role": "system", "content": told}, *plain]
+
+
+def _calls_as_text(message: Message) -> str:
+    pieces = [message["content"]] if message.get("content") else []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        said = json.dumps({"name": function["name"], "arguments": function["arguments"]})
+        pieces.append(f"<tool_call>\n{said}\n</tool_call>")
+    return "\n".join(pieces)
+
+
+def prompt_of(
+    llm: LLM,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[dict[str, Any]] = (),
+    continue_final: bool = False,
+    variables: dict[str, Any] | None = None,
+) -> str:
+    """The prompt of a conversation. continue_final: it ends inside the last message, which the answer goes on with."""
+    template, plain = llm.chat_template, for_template(messages)
+    if not template.takes_tools:
+        plain, tools = without_tool_roles(plain, tools), ()
+    given = dict(variables or {})
+    reserved = {"messages", "tools", "add_generation_prompt", "name"} & given.keys()
+    if reserved:
+        param = f"chat_template_kwargs.{min(reserved)}"
+        raise Problem(400, f"{param}: is set by the request itself", param=param, code="invalid_value")
+    if not continue_final:
+        return template.render(plain, tools=tools or None, **given)
+    last = plain[-1].get("content") if plain else None
+    if not last or plain[-1]["role"] != "assistant":
+        message = "messages: expected to end with an assistant's text, for it is to be continued"
+        raise Problem(400, message, param="messages", code="invalid_value")
+    text = template.render(plain, tools=tools or None, add_generation_prompt=False, **given)
+    begin = text.rfind(last.strip())
+    if begin < 0:
+        raise Problem(400, "messages: the chat template does not show the last one", param="messages")
+    return text[:begin] + last.strip()

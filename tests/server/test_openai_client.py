@@ -1,0 +1,111 @@
+"""The official openai client against a server in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import BadRequestError, NotFoundError, OpenAI
+
+from headrace import LLM, SamplingParams
+
+HI: Any = [{"role": "user", "content": "hi"}]
+GREEDY: Any = {"model": "tiny", "max_tokens": 12, "temperature": 0.0}
+
+
+@pytest.fixture(scope="module")
+def openai(process: Any) -> OpenAI:
+    return OpenAI(base_url=process.url + "/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_path: Path) -> LLM:
+    return LLM(tiny_path, kv_dtype="float32")
+
+
+def test_a_chat_is_what_the_library_answers(openai: OpenAI, llm: LLM) -> None:
+    answer = openai.chat.completions.create(messages=HI, **GREEDY)
+    expected = llm.chat(HI, SamplingParams(max_tokens=12))
+    [choice] = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", expected.text)
+    assert choice.finish_reason == expected.finish_reason
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == len(expected.prompt_token_ids)
+    assert answer.usage.completion_tokens == len(expected.token_ids)
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_chunks_are_the_answer(openai: OpenAI, llm: LLM) -> None:
+    options: Any = {"include_usage": True, "include_speed": True}
+    chunks = list(openai.chat.completions.create(messages=HI, stream=True, stream_options=options, **GREEDY))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert text == llm.chat(HI, SamplingParams(max_tokens=12)).text
+    reasons = [chunk.choices[0].finish_reason for chunk in chunks[:-1]]
+    assert reasons == [None] * (len(reasons) - 1) + ["length"]
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 12
+    assert set(chunks[-1].headrace) == {"tokens_per_s", "prefill_tokens_per_s", "gb_per_s", "roof_fraction"}
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+def test_a_prompt_seen_before_is_not_computed_again(openai: OpenAI) -> None:
+    long: Any = [{"role": "user", "content": "the water wheel " * 9}]
+    for expected in (0, 100):
+        answer = openai.chat.completions.create(messages=long, **GREEDY)
+        details = answer.usage.prompt_tokens_details
+        assert expected <= details.cached_tokens < answer.usage.prompt_tokens
+
+
+def test_choices_differ_and_a_seed_repeats_them(openai: OpenAI) -> None:
+    def texts() -> list[str | None]:
+        answer = openai.chat.completions.create(messages=HI, model="tiny", max_tokens=12, n=3, seed=5, temperature=1.2)
+        assert [choice.index for choice in answer.choices] == [0, 1, 2]
+        return [choice.message.content for choice in answer.choices]
+
+    first = texts()
+    assert len(set(first)) == 3 and first == texts()
+
+
+def test_an_answer_stops_before_its_stop_string(openai: OpenAI) -> None:
+    whole = openai.chat.completions.create(messages=HI, **GREEDY).choices[0].message.content
+    answer = openai.chat.completions.create(messages=HI, stop=[whole[4:6]], **GREEDY)
+    assert answer.choices[0].message.content == whole[: whole.index(whole[4:6])]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_an_assistants_text_is_continued(openai: OpenAI, llm: LLM) -> None:
+    begun: Any = [*HI, {"role": "assistant", "content": "The mill"}]
+    extra = {"continue_final_message": True}
+    answer = openai.chat.completions.create(messages=begun, extra_body=extra, **GREEDY)
+    expected = llm.generate("user: hi\nassistant: The mill", SamplingParams(max_tokens=12), add_special=False)
+    assert answer.choices[0].message.content == expected.text
+
+
+def test_completions_of_several_prompts_with_echo(openai: OpenAI, llm: LLM) -> None:
+    answer = openai.completions.create(prompt=["a mill", "water"], echo=True, **GREEDY)
+    expected = [prompt + llm.generate(prompt, SamplingParams(max_tokens=12)).text for prompt in ("a mill", "water")]
+    assert [choice.text for choice in answer.choices] == expected
+    chunks = openai.completions.create(prompt=llm.tokenizer.encode("a mill"), echo=True, stream=True, **GREEDY)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected[0]
+
+
+def test_models_are_listed(openai: OpenAI) -> None:
+    assert [model.id for model in openai.models.list()] == ["tiny"]
+    assert openai.models.retrieve("tiny").owned_by == "headrace"
+
+
+def test_errors_say_which_field_and_why(openai: OpenAI) -> None:
+    with pytest.raises(NotFoundError) as missing:
+        openai.chat.completions.create(messages=HI, model="gpt-9")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(BadRequestError) as unknown:
+        openai.chat.completions.create(messages=HI, extra_body={"temprature": 1}, **GREEDY)
+    assert (unknown.value.code, unknown.value.param) == ("unknown_parameter", "temprature")
+    with pytest.raises(BadRequestError) as refused:
+        openai.completions.create(prompt="x", suffix="y", **GREEDY)
+    assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "suffix")
+    with pytest.raises(BadRequestError) as long:
+        openai.completions.create(prompt="x" * 400, **GREEDY)
+    assert (long.value.code, long.value.type) == ("context_length_exceeded", "invalid_request_error")
