@@ -13,6 +13,7 @@ SAYS = {
     "complete.py": "The capital of France is Paris",
     "logits.py": "' lazy'",
     "packed_decode.py": "16 documents side by side",
+    "structured.py": "{'name': ",
     "weights.py": "Q4_0  0.56 bytes/weight",
 }
 WITHOUT_A_MODEL = {"attention_explained.py", "packed_decode.py"}
@@ -27,6 +28,8 @@ def test_every_example_is_run():
 def test_an_example_runs(request, name):
     if name not in WITHOUT_A_MODEL:
         request.getfixturevalue("default_model_path")
+    if name == "structured.py":
+        pytest.importorskip("llguidance")
     path = FOLDER / name
     ended = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
