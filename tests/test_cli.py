@@ -33,6 +33,7 @@ JSON_FIELDS = [
     "roof_fraction",
     "logits_hash",
 ]
+ANSWER_FIELDS = ["logprobs", "prompt_logprobs", "choices"]
 TIMINGS_FIELDS = ["load_s", "prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s"]
 AS_FAKE = """
 import sys
@@ -331,5 +332,5 @@ def test_the_default_model_answers(default_model_path: Path) -> None:
     arguments = ["run", "-m", str(default_model_path), "--max-tokens", "8", "--json", "hi"]
     found = subprocess.run([sys.executable, "-m", "headrace", *arguments], capture_output=True, text=True, check=True)
     answer = json.loads(found.stdout)
-    assert list(answer) == JSON_FIELDS and list(answer["timings"]) == TIMINGS_FIELDS
+    assert list(answer) == [*JSON_FIELDS, *ANSWER_FIELDS] and list(answer["timings"]) == TIMINGS_FIELDS
     assert len(answer["token_ids"]) <= 8 and answer["text"] and answer["roof_fraction"] > 0
