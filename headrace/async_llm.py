@@ -31,10 +31,14 @@ _DRAIN_PERIOD_S = 0.02
 
 @dataclass(frozen=True)
 class Update:
-    """What has come since the last one: text, which may be empty, and tokens. `finish_reason` comes with the last."""
+    """What has come since the last one: text, which may be empty, and tokens. `finish_reason` comes with the last.
+
+    pieces: the text by tokens; the one that ended the answer, if any, has none.
+    """
 
     text: str
     token_ids: list[int]
+    pieces: list[str]
     finish_reason: str | None = None
 
 
@@ -127,11 +131,11 @@ class AsyncStream:
             reason = "stop"
         elif reason == "error" and self.request.error is not None:
             raise self.request.error
-        elif reason:
-            pieces.append(self._text.finish())
+        elif reason and pieces:
+            pieces[-1] += self._text.finish()
         self.finish_reason = reason
         self._shown.append("".join(pieces))
-        return Update(self._shown[-1], self.request.token_ids[first : self.num_tokens], reason)
+        return Update(self._shown[-1], self.request.token_ids[first : self.num_tokens], pieces, reason)
 
 
 class AsyncLLM:

@@ -13,12 +13,14 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.async_llm import AsyncLLM, AsyncStream
+from headrace.async_llm import AsyncLLM, AsyncStream, Update
 from headrace.server.events import DONE, EventStream, data, dumps
 from headrace.server.generation import LOG, Generation, begin, server_of, unless_gone
+from headrace.server.logprobs import for_chat
 from headrace.server.messages_in import prompt_of
 from headrace.server.problems import Problem, unsupported
 from headrace.server.protocol import MOST_CHOICES, Body, Refused, Sampling, StreamOptions, StrictRoute
+from headrace.server.tool_choice import call_schema
 from headrace.server.tools import Part, ToolReader
 
 router = APIRouter(route_class=StrictRoute)
@@ -66,6 +68,29 @@ class Tool(Body):
     function: Function
 
 
+class JsonSchema(Body):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """text, any JSON object, or JSON of a schema. Schemas are kept to whether `strict` or not."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    def form(self) -> dict[str, Any]:
+        """What SamplingParams are told of it."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            param = "response_format.json_schema"
+            raise Problem(400, f"{param}: only and always with type json_schema", param=param, code="invalid_value")
+        if self.json_schema is not None:
+            return {"json_schema": self.json_schema.schema_ or {}}
+        return {"json_object": True} if self.type == "json_object" else {}
+
+
 class ChatRequest(Sampling):
     """OpenAI's fields, those of SamplingParams, and chat_template_kwargs, continue_final_message."""
 
@@ -93,7 +118,7 @@ class ChatRequest(Sampling):
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -105,21 +130,38 @@ class ChatRequest(Sampling):
 
     def check(self) -> None:
         """Refuses what cannot be done, before anything is loaded."""
-        if self.logprobs or self.top_logprobs:
-            raise unsupported("logprobs" if self.logprobs else "top_logprobs", "not yet")
-        if (self.response_format or {"type": "text"}).get("type") != "text":
-            raise unsupported("response_format", "only text, for now")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise Problem(400, "top_logprobs: only with logprobs", param="top_logprobs", code="invalid_value")
         if self.stream_options is not None and not self.stream:
             raise Problem(400, "stream_options: only with stream", param="stream_options", code="invalid_value")
-        if self.tool_choice not in (None, "auto", "none"):
-            raise unsupported("tool_choice", "auto and none, for now")
+        if self.tool_choice not in (None, "none") and not self.tools:
+            raise Problem(400, "tool_choice: only with tools", param="tool_choice", code="invalid_value")
+        if self.forced_call is None and any(tool.function.strict for tool in self.offered_tools):
+            raise unsupported("tools.function.strict", "only where tool_choice makes the model call one")
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        return [] if self.tool_choice == "none" else self.tools or []
 
     @property
     def offered(self) -> list[dict[str, Any]]:
         """The tools, as templates take them."""
-        if not self.tools or self.tool_choice == "none":
-            return []
-        return [tool.model_dump(exclude_none=True) for tool in self.tools]
+        return [tool.model_dump(exclude_none=True) for tool in self.offered_tools]
+
+    @property
+    def forced_call(self) -> dict[str, Any] | None:
+        """The schema of the call that the answer has to be, if it has to be one."""
+        return call_schema(self.offered, self.tool_choice)
+
+    @property
+    def form(self) -> dict[str, Any]:
+        """What SamplingParams are told of response_format and tool_choice."""
+        schema, given = self.forced_call, self.response_format
+        if schema is not None:
+            if given is not None and given.type != "text":
+                raise unsupported("response_format", "not together with a tool_choice that makes the model call one")
+            return {"json_schema": schema}
+        return {} if given is None else given.form()
 
     @property
     def most_tokens(self) -> int:
@@ -135,7 +177,9 @@ class ChatRequest(Sampling):
             variables=self.chat_template_kwargs,
         )
         ids = llm.llm.tokenizer.encode(prompt, add_special=False)
-        return llm.choices(ids, self.drawn(max_tokens=self.most_tokens, n=self.n or 1))
+        told = {"logprobs": self.top_logprobs or 0} if self.logprobs else {}
+        params = self.drawn(max_tokens=self.most_tokens, n=self.n or 1, **told, **self.form)
+        return llm.choices(ids, params)
 
 
 @router.post("/v1/chat/completions")
@@ -168,12 +212,13 @@ class ChatAnswer:
         self._head = b"data: " + dumps(head)[:-1] + b',"choices":[{"index":'
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         self._usage = b',"usage":null' if with_usage else b""
+        self._told: list[list[dict[str, Any]]] = [[] for _ in generation.streams]
 
     async def whole(self) -> Response:
         """The completion, once all choices have ended."""
         parts: list[list[Part]] = [[] for _ in self._generation.streams]
         async for index, update in self._generation.updates():
-            parts[index] += self._parts(index, update.text, update.finish_reason is not None)
+            parts[index] += self._parts(index, update)
         choices = [self._choice(index, each) for index, each in enumerate(parts)]
         head = {"id": self._id, "object": "chat.completion", "created": self._created, "model": self._body.model}
         content = {**head, "choices": choices, "usage": self._generation.usage, "headrace": self._generation.speed}
@@ -185,9 +230,7 @@ class ChatAnswer:
             yield self._chunk(index, b'{"role":"assistant","content":""}')
         async for index, update in self._generation.updates():
             ended = update.finish_reason is not None
-            pieces = [
-                self._chunk(index, _delta(part)) for part in self._parts(index, update.text, ended) if part != Part()
-            ]
+            pieces = [self._chunk(index, _delta(part)) for part in self._parts(index, update) if part != Part()]
             if ended:
                 pieces.append(self._chunk(index, b"{}", self._reason(index)))
             if pieces:
@@ -197,19 +240,28 @@ class ChatAnswer:
             yield self._last(options)
         yield DONE
 
-    def _parts(self, index: int, text: str, ended: bool) -> list[Part]:
+    def _parts(self, index: int, update: Update) -> list[Part]:
+        if self._body.logprobs:
+            tokenizer = self._generation.model.loaded.llm.tokenizer
+            self._told[index] += for_chat(tokenizer, self._generation.streams[index], update)
         reader = self._readers[index]
         if reader is None:
-            return [Part(text)]
-        parts = reader.push(text)
-        return parts + reader.finish() if ended else parts
+            return [Part(update.text)]
+        parts = reader.push(update.text)
+        return parts + reader.finish() if update.finish_reason is not None else parts
+
+    def _logprobs(self, index: int) -> dict[str, Any] | None:
+        """Those of the tokens that have come since they were last told."""
+        told, self._told[index] = self._told[index], []
+        return {"content": told, "refusal": None} if told else None
 
     def _reason(self, index: int) -> str:
         reader = self._readers[index]
         reason = self._generation.streams[index].finish_reason
         if reason == "cancelled":
             raise Problem(503, "the server is shutting down", code="shutting_down")
-        return "tool_calls" if reader is not None and reader.num_calls and reason == "stop" else reason or "stop"
+        called = reader is not None and reader.num_calls and not isinstance(self._body.tool_choice, dict)
+        return "tool_calls" if called and reason == "stop" else reason or "stop"
 
     def _choice(self, index: int, parts: list[Part]) -> dict[str, Any]:
         calls: list[dict[str, Any]] = []
@@ -227,14 +279,20 @@ class ChatAnswer:
         }
         if calls:
             message["tool_calls"] = calls
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": self._reason(index)}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(index),
+            "finish_reason": self._reason(index),
+        }
 
     def _chunk(self, index: int, delta: bytes, reason: str | None = None) -> bytes:
         ended = b"null" if reason is None else b'"' + reason.encode() + b'"'
-        return b'%s%d,"delta":%s,"logprobs":null,"finish_reason":%s}]%s}\n\n' % (
+        return b'%s%d,"delta":%s,"logprobs":%s,"finish_reason":%s}]%s}\n\n' % (
             self._head,
             index,
             delta,
+            dumps(self._logprobs(index)) if self._told[index] else b"null",
             ended,
             self._usage,
         )

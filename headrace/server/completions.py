@@ -13,9 +13,10 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from headrace.async_llm import AsyncLLM, AsyncStream
+from headrace.async_llm import AsyncLLM, AsyncStream, Update
 from headrace.server.events import DONE, EventStream, data, dumps
 from headrace.server.generation import LOG, Generation, begin, server_of, unless_gone
+from headrace.server.logprobs import CompletionLogprobs
 from headrace.server.problems import Problem, unsupported
 from headrace.server.protocol import MOST_CHOICES, Refused, Sampling, StreamOptions, StrictRoute
 
@@ -44,8 +45,6 @@ class CompletionRequest(Sampling):
 
     def check(self) -> None:
         """Refuses what cannot be done, before anything is loaded."""
-        if self.logprobs is not None:
-            raise unsupported("logprobs", "not yet")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise unsupported("best_of", "only as many as n")
         if self.stream_options is not None and not self.stream:
@@ -63,7 +62,10 @@ class CompletionRequest(Sampling):
 
     def streams(self, llm: AsyncLLM) -> list[AsyncStream]:
         """An answer to come for each choice of each prompt."""
-        params = self.drawn(max_tokens=self.max_tokens or _DEFAULT_TOKENS, n=self.n or 1)
+        told: dict[str, Any] = {} if self.logprobs is None else {"logprobs": self.logprobs}
+        if told and self.echo:
+            told["prompt_logprobs"] = self.logprobs
+        params = self.drawn(max_tokens=self.max_tokens or _DEFAULT_TOKENS, n=self.n or 1, **told)
         encode = llm.llm.tokenizer.encode
         ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompts]
         return [stream for each in ids for stream in llm.choices(each, params, continues=True)]
@@ -98,16 +100,20 @@ class TextAnswer:
             "model": body.model,
         }
         self._begin = b"data: " + dumps(self._head)[:-1] + b',"choices":[{"index":'
-        self._echoed = [self._echo(index) for index in range(len(generation.streams))]
+        tokenizer = generation.model.loaded.llm.tokenizer
+        self._told = [CompletionLogprobs(tokenizer) for _ in generation.streams]
+        self._echoed: list[str | None] = [None] * len(generation.streams)  # until it is shown
 
     async def whole(self) -> Response:
         """The completion, once all choices have ended."""
-        await self._generation.finish()
+        texts = [""] * len(self._echoed)
+        async for index, update in self._generation.updates():
+            texts[index] += self._text(index, update)
         choices = [
             {
                 "index": index,
-                "text": self._echoed[index] + stream.text,
-                "logprobs": None,
+                "text": texts[index],
+                "logprobs": self._logprobs(index),
                 "finish_reason": _reason(stream),
             }
             for index, stream in enumerate(self._generation.streams)
@@ -117,13 +123,11 @@ class TextAnswer:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The chunks of a stream."""
-        for index, text in enumerate(self._echoed):
-            if text:
-                yield self._chunk(index, text)
         async for index, update in self._generation.updates():
             reason = _reason(self._generation.streams[index]) if update.finish_reason else None
-            if update.text or reason:
-                yield self._chunk(index, update.text, reason)
+            text = self._text(index, update)
+            if text or reason:
+                yield self._chunk(index, text, reason)
         options = self._body.stream_options or StreamOptions()
         if options.include_usage or options.include_speed:
             extra: dict[str, Any] = {"choices": []}
@@ -137,11 +141,27 @@ class TextAnswer:
     def _chunk(self, index: int, text: str, reason: str | None = None) -> bytes:
         ended = b"null" if reason is None else b'"' + reason.encode() + b'"'
         said = json.dumps(text).encode()
-        return b'%s%d,"text":%s,"logprobs":null,"finish_reason":%s}]}\n\n' % (self._begin, index, said, ended)
+        told = b"null" if self._body.logprobs is None else dumps(self._logprobs(index))
+        return b'%s%d,"text":%s,"logprobs":%s,"finish_reason":%s}]}\n\n' % (self._begin, index, said, told, ended)
+
+    def _text(self, index: int, update: Update) -> str:
+        """The text of an update, behind the prompt where it is to be shown."""
+        before = ""
+        if self._echoed[index] is None:
+            self._echoed[index] = before = self._echo(index)
+        if self._body.logprobs is not None:
+            self._told[index].add(self._generation.streams[index], update)
+        return before + update.text
+
+    def _logprobs(self, index: int) -> dict[str, Any] | None:
+        return None if self._body.logprobs is None else self._told[index].take()
 
     def _echo(self, index: int) -> str:
         if not self._body.echo:
             return ""
+        if self._body.logprobs is not None:
+            first = self._generation.streams[index - index % (self._body.n or 1)]  # the prompt is scored once
+            return self._told[index].add_prompt(first)
         prompt = self._body.prompts[index // (self._body.n or 1)]
         tokenizer = self._generation.model.loaded.llm.tokenizer
         return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)

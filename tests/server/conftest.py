@@ -25,7 +25,7 @@ Open = Callable[..., TestClient]
 
 @pytest.fixture(scope="session")
 def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf", TinyModel())
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf", TinyModel(context_len=1024))
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -107,5 +108,71 @@ def test_errors_say_which_field_and_why(openai: OpenAI) -> None:
         openai.completions.create(prompt="x", suffix="y", **GREEDY)
     assert (refused.value.code, refused.value.param) == ("unsupported_parameter", "suffix")
     with pytest.raises(BadRequestError) as long:
-        openai.completions.create(prompt="x" * 400, **GREEDY)
+        openai.completions.create(prompt="x" * 2000, **GREEDY)
     assert (long.value.code, long.value.type) == ("context_length_exceeded", "invalid_request_error")
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Rome", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_a_tool_that_must_be_called_is(openai: OpenAI, choice: Any) -> None:
+    asked: Any = {"model": "tiny", "messages": HI, "tools": [WEATHER], "tool_choice": choice, "max_tokens": 200}
+    answer = openai.chat.completions.create(**asked, seed=1).choices[0]
+    [call] = answer.message.tool_calls or []
+    arguments = json.loads(call.function.arguments)
+    assert call.function.name == "weather" and answer.message.content is None
+    assert set(arguments) == {"city", "days"} and arguments["city"] in ("Rome", "Oslo")
+    assert answer.finish_reason == ("tool_calls" if choice == "required" else "stop")
+    chunks = [chunk.choices[0] for chunk in openai.chat.completions.create(**asked, seed=1, stream=True)]
+    deltas = [delta for chunk in chunks for delta in chunk.delta.tool_calls or []]
+    assert deltas[0].function.name == "weather" and deltas[0].id
+    assert "".join(delta.function.arguments for delta in deltas) == call.function.arguments
+    back: Any = [*HI, answer.message, {"role": "tool", "tool_call_id": call.id, "content": "rain"}]
+    assert openai.chat.completions.create(messages=back, tools=[WEATHER], **GREEDY).choices
+
+
+def test_an_answer_is_json_of_a_schema(openai: OpenAI) -> None:
+    schema = {"name": "x", "strict": True, "schema": WEATHER["function"]["parameters"]}
+    given: Any = {"response_format": {"type": "json_schema", "json_schema": schema}, "seed": 2, "max_tokens": 200}
+    said = json.loads(openai.chat.completions.create(model="tiny", messages=HI, **given).choices[0].message.content)
+    assert said["city"] in ("Rome", "Oslo") and 1 <= said["days"] <= 9
+    for wrong in (
+        {"type": "json_schema"},
+        {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 5}}},
+    ):
+        with pytest.raises(BadRequestError):
+            openai.chat.completions.create(model="tiny", messages=HI, response_format=wrong)
+
+
+def test_logprobs_have_the_texts_of_the_answer(openai: OpenAI) -> None:
+    asked: Any = {"messages": HI, "logprobs": True, "top_logprobs": 2, **GREEDY}
+    choice = openai.chat.completions.create(**asked).choices[0]
+    told = choice.logprobs.content
+    assert "".join(each.token for each in told) == choice.message.content
+    assert all(each.top_logprobs[0].logprob == each.logprob for each in told)  # greedy: the likeliest
+    assert all(len(each.top_logprobs) == 2 for each in told) and len(told) == 12
+    chunks = [chunk.choices[0] for chunk in openai.chat.completions.create(stream=True, **asked)]
+    streamed = [each for chunk in chunks if chunk.logprobs for each in chunk.logprobs.content]
+    assert streamed == told
+
+
+def test_logprobs_of_a_prompt_that_is_echoed(openai: OpenAI) -> None:
+    choice = openai.completions.create(prompt="a mill", echo=True, logprobs=1, **GREEDY).choices[0]
+    told = choice.logprobs
+    assert "".join(told.tokens) == choice.text and choice.text.startswith("a mill")
+    assert told.token_logprobs[0] is None and all(logprob < 0 for logprob in told.token_logprobs[1:])
+    assert [
+        choice.text[at : at + len(text)] for at, text in zip(told.text_offset, told.tokens, strict=True)
+    ] == told.tokens
