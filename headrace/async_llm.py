@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from headrace.completion import Completion
 from headrace.config import SamplingParams
 from headrace.engine.answers import answer_requests, likeliest
@@ -189,6 +191,10 @@ class AsyncLLM:
         for stream in streams:
             stream.group = streams
         return streams
+
+    async def embed(self, ids: Sequence[int], pooling: str = "mean") -> np.ndarray:
+        """What the model makes of a text: float32 [dim], "mean" or "last" hidden state. Computed between steps."""
+        return await self.worker.call(lambda: self.llm.engine.embed(ids, pooling))
 
     @property
     def num_requests(self) -> int:

@@ -12,6 +12,7 @@ from time import perf_counter
 import numpy as np
 
 from headrace.config import EngineConfig, ModelConfig, SamplingParams
+from headrace.engine.embedder import Embedder
 from headrace.engine.logprobs import note_logprobs, score_prompt
 from headrace.engine.pace import Pace
 from headrace.engine.request import Request
@@ -22,7 +23,7 @@ from headrace.engine.sequence import CachedSequence, NewTokens, run_step
 from headrace.engine.speculative import Drafts, Guesser, num_accepted
 from headrace.errors import ArgumentError, PromptTooLongError
 from headrace.kernels.cpu import _native as native
-from headrace.kv_cache.pages import PagePool
+from headrace.kv_cache.pages import PagePool, pages_needed
 from headrace.kv_cache.prefix import PrefixCache
 from headrace.kv_cache.storage import pages_that_fit
 from headrace.models.layers import ModelWeights
@@ -60,6 +61,8 @@ class Engine:
         )
         self.guesser = Guesser(drafts, len(self.runner.batch.output_rows))
         self._pace = Pace()
+        self._made_of = (weights, config, engine, pool)
+        self._embedder: Embedder | None = None  # recorded when it is first asked for
         self._drawn_from: dict[Request, np.ndarray] = {}  # rows of the last step's logits
 
     @property
@@ -169,6 +172,26 @@ class Engine:
             return np.concatenate([run_step(self.runner, self.pool, [part]).copy() for part in parts])
         finally:
             sequence.forget(0, self.pool, self.page_size)
+
+    def embed(self, ids: Sequence[int], pooling: str = "mean") -> np.ndarray:
+        """What the model makes of a text: float32 [dim], the mean of its tokens' last hidden states, or that of its
+        last token. Requests that run wait meanwhile."""
+        if pooling not in ("mean", "last"):
+            raise ArgumentError(f"pooling: expected mean or last, got {pooling!r}")
+        checked = self.request(ids, SamplingParams()).prompt_ids
+        if self._embedder is None:
+            self._embedder = Embedder(*self._made_of, self.runner.storage)
+        if not self.scheduler.make_room(pages_needed(len(checked), self.page_size)):
+            self.clear()
+        sequence, total = CachedSequence(), np.zeros(self.config.dim)
+        try:
+            for first in range(0, len(checked), self.chunk_len):
+                chunk = checked[first : first + self.chunk_len]
+                rows = run_step(self._embedder, self.pool, [NewTokens(sequence, chunk, len(chunk))])
+                total = total + rows.sum(axis=0, dtype=np.float64) if pooling == "mean" else rows[-1].copy()
+        finally:
+            sequence.forget(0, self.pool, self.page_size)
+        return (total / len(checked) if pooling == "mean" else total).astype(np.float32)
 
     def clear(self) -> None:
         """Drops all that is cached. Requests that run compute their text again."""

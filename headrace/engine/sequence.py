@@ -8,6 +8,7 @@ from itertools import islice
 
 import numpy as np
 
+from headrace.engine.embedder import Embedder
 from headrace.engine.runner import Runner
 from headrace.kv_cache.pages import PagePool, pages_needed
 
@@ -36,7 +37,7 @@ class NewTokens:
     num_outputs: int = 1
 
 
-def run_step(runner: Runner, pool: PagePool, parts: Sequence[NewTokens]) -> np.ndarray:
+def run_step(runner: Runner | Embedder, pool: PagePool, parts: Sequence[NewTokens]) -> np.ndarray:
     """Logits [outputs, vocab] of all these sequences' new tokens at once, in order, valid until the next step.
 
     Sequences grow by their tokens and the pages these need. CapacityError, and no sequence or page changed, when there
@@ -63,7 +64,9 @@ def _pages_missing(part: NewTokens, page_size: int) -> int:
     return max(0, pages_needed(len(sequence.ids) + len(part.ids), page_size) - len(sequence.pages))
 
 
-def _run(runner: Runner, parts: Sequence[NewTokens], missing: Sequence[int], taken: Sequence[int]) -> np.ndarray:
+def _run(
+    runner: Runner | Embedder, parts: Sequence[NewTokens], missing: Sequence[int], taken: Sequence[int]
+) -> np.ndarray:
     rest = iter(taken)
     runner.batch.clear()
     for part, count in zip(parts, missing, strict=True):

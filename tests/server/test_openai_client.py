@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,16 @@ def test_logprobs_of_a_prompt_that_is_echoed(openai: OpenAI) -> None:
     assert [
         choice.text[at : at + len(text)] for at, text in zip(told.text_offset, told.tokens, strict=True)
     ] == told.tokens
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_embeddings_are_hidden_states_of_length_one(openai: OpenAI, pooling: str) -> None:
+    texts = ["the water wheel", "x" * 700]
+    answer = openai.embeddings.create(model="tiny", input=texts, extra_body={"pooling": pooling})
+    for text, item in zip(texts, answer.data, strict=True):
+        alone = openai.embeddings.create(model="tiny", input=text, extra_body={"pooling": pooling})
+        assert alone.data[0].embedding == item.embedding
+        assert math.hypot(*item.embedding) == pytest.approx(1)
+    assert answer.usage.prompt_tokens > 700 // 2
+    with pytest.raises(BadRequestError):
+        openai.embeddings.create(model="tiny", input="x", dimensions=7)
