@@ -107,6 +107,8 @@ class ChatRequest(Sampling):
         "functions": ("tools has taken its place", ()),
         "function_call": ("tool_choice has taken its place", ()),
         "moderation": ("nothing is moderated", ()),
+        "prompt_cache_options": ("beginnings are kept as long as there is room", ({},)),
+        "prompt_cache_retention": ("beginnings are kept as long as there is room", ("in_memory", "in-memory")),
     }
 
     model: str

@@ -55,6 +55,9 @@ class Generation:
         self._started = perf_counter()
         self._last = dict.fromkeys(range(len(streams)), self._started)
         self._closed = False
+        metrics, name = server.metrics, model.name  # found once: it is done for every token
+        self._tokens = metrics.generation_tokens.labels(name)
+        self._first_token, self._inter_token = metrics.first_token.labels(name), metrics.inter_token.labels(name)
 
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
         """Each update with the number of its choice, as they come."""
@@ -112,14 +115,14 @@ class Generation:
         }
 
     def _count(self, index: int, update: Update) -> None:
-        now, name, metrics = perf_counter(), self.model.name, self.server.metrics
+        now = perf_counter()
         seconds, self._last[index] = now - self._last[index], now
         count = len(update.token_ids)
-        metrics.generation_tokens.labels(name).inc(count)
+        self._tokens.inc(count)
         if self.streams[index].num_tokens == count:
-            metrics.first_token.labels(name).observe(seconds)
+            self._first_token.observe(seconds)
         elif count:
-            metrics.inter_token.labels(name).observe(seconds / count)
+            self._inter_token.observe(seconds / count)
 
 
 async def begin(server: Server, name: str, make: Make, prompt: str = "prompt") -> Generation:
