@@ -15,7 +15,7 @@ from starlette.responses import Response
 
 import headrace
 from headrace.errors import HeadraceError
-from headrace.server import chat, completions, embeddings, messages, status
+from headrace.server import chat, completions, embeddings, messages, responses, status
 from headrace.server.generation import LOG, Server
 from headrace.server.guard import Guard
 from headrace.server.metrics import Metrics
@@ -41,7 +41,7 @@ def create_app(models: Sequence[str], load: Load, settings: ServerSettings | Non
     app = FastAPI(title="headrace", version=headrace.__version__, lifespan=_lifespan, redoc_url=None)
     app.state.server = Server(settings, registry, Metrics(registry))  # type: ignore[arg-type]
     app.state.loading = True
-    for part in (chat, completions, embeddings, messages, status):
+    for part in (chat, completions, embeddings, messages, responses, status):
         app.include_router(part.router)
     app.add_api_route("/", _index, include_in_schema=False)
     app.add_api_route("/page/{name}", _page_file, include_in_schema=False)
