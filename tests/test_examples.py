@@ -1,7 +1,13 @@
 """Every example runs as it stands and prints what it promises."""
 
+import itertools
+import os
+import re
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,12 +22,17 @@ SAYS = {
     "structured.py": "{'name': ",
     "weights.py": "Q4_0  0.56 bytes/weight",
 }
+SAYS_OF_A_SERVER = {
+    "serve_agent.py": "of them computed before",
+    "serve_curl.sh": "data: [DONE]",
+    "serve_openai.py": "call: weather",
+}
 WITHOUT_A_MODEL = {"attention_explained.py", "packed_decode.py"}
 MAX_LINES = 30
 
 
 def test_every_example_is_run():
-    assert sorted(path.name for path in FOLDER.glob("*.py")) == sorted(SAYS)
+    assert sorted(path.name for path in FOLDER.iterdir() if path.is_file()) == sorted(SAYS | SAYS_OF_A_SERVER)
 
 
 @pytest.mark.parametrize("name", SAYS)
@@ -36,3 +47,39 @@ def test_an_example_runs(request, name):
     assert SAYS[name] in ended.stdout
     assert "Traceback" not in ended.stderr
     assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
+
+
+@pytest.fixture(scope="module")
+def server_url(default_model_path, tmp_path_factory):
+    pytest.importorskip("fastapi")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = [sys.executable, "-m", "headrace", "serve", "-m", f"smollm2={default_model_path}", "--port", url[17:]]
+    with log.open("wb") as written, subprocess.Popen(command, stderr=written) as server:
+        try:
+            for _ in range(600):
+                assert server.poll() is None, log.read_text()
+                try:
+                    urllib.request.urlopen(url + "/health").close()
+                    break
+                except OSError:
+                    time.sleep(0.05)
+            yield url
+        finally:
+            server.terminate()
+
+
+@pytest.mark.parametrize("name", SAYS_OF_A_SERVER)
+def test_an_example_of_a_client_runs(server_url, name):
+    path = FOLDER / name
+    command = ["sh" if name.endswith(".sh") else sys.executable, path]
+    environment = {**os.environ, "HEADRACE_URL": server_url}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert SAYS_OF_A_SERVER[name] in ended.stdout
+    assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
+    if name == "serve_agent.py":  # a turn computes its own tokens, not those before it
+        turns = re.findall(r"(\d+) tokens of prompt, (\d+) of them", ended.stdout)
+        assert all(int(cached) >= int(before) - 1 for (before, _), (_, cached) in itertools.pairwise(turns))
