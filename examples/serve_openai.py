@@ -1,4 +1,4 @@
-"""OpenAI's client: a streamed chat, JSON of a schema, a tool. After `headrace serve`: python examples/serve_openai.py"""
+"""OpenAI's client: a chat, JSON of a schema, a tool. After `headrace serve`: python examples/serve_openai.py"""
 
 import json
 import os
