@@ -21,12 +21,12 @@ from headrace.bench.report import document, table
 from headrace.bench.roofline import Ceiling, ModelWork, decode_ceiling, measured_machine
 from headrace.bench.step_parts import step_model
 from headrace.bench.timing import Spread, alternate
+from headrace.engine.sampler import Row
 from headrace.engine.sequence import CachedSequence, NewTokens, run_step
 from headrace.errors import HeadraceError
 from headrace.kv_cache.storage import LayerPages
 from headrace.machine import Machine, this_machine
 from headrace.ops import linear
-from headrace.ops.sampling import sample
 from headrace.ops.select import Kernel, Request, choose
 from headrace.talk import ProgressLine
 
@@ -170,10 +170,12 @@ class Together:
     def __init__(self, llm: LLM) -> None:
         llm.engine.clear()
         self.runner, self.pool, self.chunk_len = llm.engine.runner, llm.engine.pool, llm.engine.chunk_len
+        self._drawing = Row(llm.engine.request([0], greedy(1)))
 
     def filled(self, ids: list[int]) -> CachedSequence:
         """A sequence of these tokens, computed in chunks."""
         sequence = CachedSequence()
+        self.runner.sampler.prepare([])
         for first in range(0, len(ids), self.chunk_len):
             run_step(self.runner, self.pool, [NewTokens(sequence, ids[first : first + self.chunk_len], 0)])
         return sequence
@@ -187,12 +189,11 @@ class Together:
 
     def decode(self, sequences: Sequence[CachedSequence], first: Sequence[int], steps: int) -> list[list[int]]:
         """Each sequence's greedy tokens behind its `first`, all sequences in one step."""
-        tokens, answers = list(first), list[list[int]]()
-        params, zeros = [greedy(1)] * len(tokens), [0] * len(tokens)
+        tokens, answers, rows = list(first), list[list[int]](), [self._drawing] * len(first)
         for _ in range(steps):
             parts = [NewTokens(sequence, [token]) for sequence, token in zip(sequences, tokens, strict=True)]
-            logits = run_step(self.runner, self.pool, parts)
-            tokens = sample(logits, params, seeds=zeros, steps=zeros).tolist()
+            self.runner.sampler.prepare(rows)
+            tokens = self.runner.sampler.drawn(run_step(self.runner, self.pool, parts), rows)
             answers.append(tokens)
         return [list(answer) for answer in zip(*answers, strict=True)]
 
