@@ -265,15 +265,18 @@ template <class E> static int64_t due_heads(const AttentionCall& c, int64_t head
   return lesser(greater(kDueBytes / bytes, 1), heads);
 }
 
-// The KV head that is due kDueBytes after number `head` of the item: of this block, or of the next one.
+// The KV head that is due kDueBytes after number `head` of the item: of this block, or of the next one, whose item's heads
+// begin at `next_begin`.
 template <class E>
-static Due<E> due_after(const AttentionCall& c, const AttentionWork& w, int64_t head, const Places* now, const Places* next) {
+static Due<E> due_after(const AttentionCall& c, const AttentionWork& w, int64_t head, const Places* now, const Places* next, int64_t next_begin) {
   int64_t heads = w.head_end - w.head_begin, due = head + due_heads<E>(c, heads);
-  int64_t kv_head = w.head_begin + (due < heads ? due : due - heads);
-  return {keys_of<E>(c, kv_head), values_of<E>(c, kv_head), due < heads || !next->count ? now : next};
+  bool later = due >= heads && next->count;
+  int64_t kv_head = later ? next_begin + due - heads : w.head_begin + due % heads;
+  return {keys_of<E>(c, kv_head), values_of<E>(c, kv_head), later ? next : now};
 }
 
-// Nothing prefetched what an item begins with. Read in order, as here, it comes several times faster than as it is used.
+// What an item begins with is prefetched by the one before, if there is one, as far as that has keys in its last block.
+// The rest is read in order, as here: then it comes several times faster than as it is used.
 template <class E>
 static void touch(const typename E::type* base, const int64_t* places, int64_t count, int64_t heads, int64_t head_stride, int64_t n) {
   if (head_stride == n) n *= heads, heads = 1;
@@ -284,9 +287,9 @@ static void touch(const typename E::type* base, const int64_t* places, int64_t c
     }
 }
 template <class E> static void touch_first(const AttentionCall& c, const AttentionWork& w, const Places& places) {
-  int64_t heads = due_heads<E>(c, w.head_end - w.head_begin);
-  touch<E>(keys_of<E>(c, w.head_begin), places.key, places.count, heads, c.key_strides.head, c.head_dim);
-  touch<E>(values_of<E>(c, w.head_begin), places.value, places.count, heads, c.value_strides.head, c.value_dim);
+  int64_t heads = due_heads<E>(c, w.head_end - w.head_begin), first = w.fetched, count = places.count - first;
+  touch<E>(keys_of<E>(c, w.head_begin), places.key + first, count, heads, c.key_strides.head, c.head_dim);
+  touch<E>(values_of<E>(c, w.head_begin), places.value + first, count, heads, c.value_strides.head, c.value_dim);
 }
 
 // Blocks of keys in order, each against every KV head of the item. `block(head, begin, places, due)` is one of them.
@@ -294,15 +297,19 @@ template <class E, class Block, class Finish>
 static void walk_blocks(const AttentionCall& c, const AttentionWork& w, Block block, Finish finish) {
   if (w.key_begin >= w.key_end) return finish(0, true);
   Places places[2], *now = &places[0], *next = &places[1];
-  auto block_end = [&](int64_t begin) { return lesser((begin / kKeyBlock + 1) * kKeyBlock, w.key_end); };
-  find_places(c, w, w.key_begin, block_end(w.key_begin), *now);
+  auto find = [&](const AttentionWork& of, int64_t begin, Places& places) {
+    int64_t end = lesser((begin / kKeyBlock + 1) * kKeyBlock, of.key_end);
+    find_places(c, of, begin, end, places);
+    return end;
+  };
+  int64_t end = find(w, w.key_begin, *now), next_end = 0, chunk = 0;
   touch_first<E>(c, w, *now);
-  int64_t chunk = 0;
-  for (int64_t begin = w.key_begin, end; begin < w.key_end; begin = end) {
-    end = block_end(begin);
+  for (int64_t begin = w.key_begin; begin < w.key_end; begin = end, end = next_end) {
+    const AttentionWork* after = end < w.key_end ? &w : w.following;
     next->count = 0;
-    if (end < w.key_end) find_places(c, w, end, block_end(end), *next);
-    for (int64_t h = 0; h < w.head_end - w.head_begin; ++h) block(h, begin, *now, due_after<E>(c, w, h, now, next));
+    if (after) next_end = find(*after, after == &w ? end : after->key_begin, *next);
+    int64_t next_begin = after ? after->head_begin : 0;
+    for (int64_t h = 0; h < w.head_end - w.head_begin; ++h) block(h, begin, *now, due_after<E>(c, w, h, now, next, next_begin));
     if (ends_chunk(w, end)) finish(chunk++, end == w.key_end);
     Places* done = now;
     now = next;

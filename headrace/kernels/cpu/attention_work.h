@@ -54,6 +54,8 @@ struct AttentionWork {
   int64_t partial_step;  // floats from one chunk's to the next one's
   float* scratch;
   bool in_order;         // few rows: sum products as the tile kernel does, element after element
+  const AttentionWork* following;  // few rows: what this thread does next, of as many heads; null: nothing
+  int64_t fetched;       // few rows: how many of the first block's keys were prefetched before it
 };
 
 // The unfinished rows of one KV head of an item: `pieces` of each, `step` floats apart, in the order of their keys.

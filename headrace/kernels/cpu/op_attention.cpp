@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kFewRows = 16;  // query rows per KV head that the decode kernel takes
 constexpr int64_t kLeastTile = 48, kLargestTile = 192;  // query rows
 constexpr int64_t kLeastChunk = 256, kLargestChunk = 4096;  // keys, batch-invariant
-constexpr int64_t kTogetherBlocks = 4;  // blocks of keys per worker above which KV heads stay together
+constexpr int64_t kTogetherBlocks = 4;  // blocks of keys per worker from which on KV heads stay together
+constexpr int64_t kTogetherRequests = 4;  // or requests per worker
 constexpr int64_t kMostWorkspace = int64_t{64} << 20;
 
 // Costs in rows x blocks of keys.
@@ -238,7 +239,8 @@ class Attention : public Op {
     // NOTE: the decode kernel sums the weights of a block in another order where its first block begins late.
     bool late = o_.batch_invariant && keys_seen(c, w, 0, a.query_len).begin % kKeyBlock;
     bool few_rows = few(a.query_len * group()) && !late;
-    bool together = few_rows && divide_up(a.key_len, kKeyBlock) >= kTogetherBlocks * workers;
+    bool many = requests_ >= kTogetherRequests * workers || divide_up(a.key_len, kKeyBlock) >= kTogetherBlocks * workers;
+    bool together = few_rows && many;
     int64_t rows = std::clamp(a.query_len * group() / 8, kLeastTile, kLargestTile), heads = together ? kv_heads() : 1;
     int64_t tile = few_rows ? a.query_len : std::max<int64_t>(1, rows / group());
     for (int64_t end = a.query_len; end > 0; end = (end - 1) / tile * tile)
@@ -259,6 +261,7 @@ class Attention : public Op {
     intervals_ = merge_rows_ = 0;
     check_starts(n, tokens);
     AttentionCall c = call();
+    requests_ = n;
     bool all_few = true;
     for (int64_t r = 0; r < n; ++r) {
       Asked a = asked_of(r);
@@ -293,17 +296,26 @@ class Attention : public Op {
 
   void attend_interval(int64_t number, Worker& worker) {
     int64_t slot = schedule_.first_slots[number];
+    Segment now{nullptr, {}};
     for_each_segment(counts_.data(), schedule_.boundaries[number], schedule_.boundaries[number + 1],
                      [&](int64_t item, int64_t begin, int64_t end, bool partial) {
-                       attend(items_[item], begin, end == counts_[item] ? -1 : end, partial ? slot : -1, worker);
+                       const Item& of = items_[item];
+                       Segment next{&of, segment(of, begin, end == counts_[item] ? -1 : end, partial ? slot : -1)};
                        if (partial) slot += o_.batch_invariant ? end - begin : 1;
+                       if (now.item) attend(now, &next, worker);
+                       now = next;
                      });
+    if (now.item) attend(now, nullptr, worker);
   }
 
+  struct Segment {
+    const Item* item;
+    AttentionWork work;
+  };
+
   // Units [begin, end) of an item; end -1: to its last.
-  void attend(const Item& item, int64_t begin, int64_t end, int64_t slot, Worker& worker) {
-    AttentionCall c = call();
-    int64_t unit = unit_len(c);
+  AttentionWork segment(const Item& item, int64_t begin, int64_t end, int64_t slot) const {
+    int64_t unit = unit_len(call());
     AttentionWork w = of_item(item);
     w.key_begin = std::max(item.key_begin, (item.first_unit + begin) * unit);
     w.key_end = end < 0 ? item.key_end : std::min(item.key_end, (item.first_unit + end) * unit);
@@ -312,11 +324,27 @@ class Attention : public Op {
     w.in_order = o_.batch_invariant;
     if (slot >= 0) w.partial = partial_ + slot * slot_floats_;
     check_pages(item.request, w);
+    return w;
+  }
+
+  void attend(Segment& now, Segment* next, Worker& worker) {
+    const Item& item = *now.item;
+    AttentionWork& w = now.work;
+    AttentionCall c = call();
     int64_t rows = num_rows(c, w), heads = item.head_end - item.head_begin;
+    if (next && leads_to(now, *next)) {
+      w.following = &next->work;
+      next->work.fetched = std::min((w.key_end - 1) % kKeyBlock + 1, next->work.key_end - next->work.key_begin);
+    }
     int64_t floats = item.few ? few_scratch_floats(c, heads, rows) : tile_scratch_floats(c, rows);
     if (o_.arithmetic == Arithmetic::fp64) floats = 2 * (item.key_end - item.key_begin) + 2;
     w.scratch = reinterpret_cast<float*>(worker.scratch(floats * 4));
     (item.few ? few_kernel() : tile_kernel())(c, w);
+  }
+
+  static bool leads_to(const Segment& now, const Segment& next) {
+    auto reads = [](const Segment& s) { return s.item->few && s.work.key_begin < s.work.key_end; };
+    return reads(now) && reads(next) && next.item->head_end - next.item->head_begin == now.item->head_end - now.item->head_begin;
   }
 
   AttentionWork of_item(const Item& item) const {
@@ -350,7 +378,7 @@ class Attention : public Op {
   Schedule schedule_;
   std::vector<Item> items_;
   std::vector<int64_t> counts_, weights_;
-  int64_t intervals_ = 0, merge_rows_ = 0, slot_floats_ = 0;
+  int64_t requests_ = 0, intervals_ = 0, merge_rows_ = 0, slot_floats_ = 0;
   float* partial_ = nullptr;
 };
 
