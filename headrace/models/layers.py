@@ -113,13 +113,13 @@ def attention(
         # have to widen and transpose all keys as a prefill does.
         deterministic=pages.key_scales is None,
     ).out
-    return linear(mixed.view(config.num_heads * config.value_head_dim), weights.output, residual=x)
+    return linear(mixed.view(config.num_heads * config.value_head_dim), weights.output, residual=x, precision="fast")
 
 
 def feed_forward(x: Buffer, weights: FeedForwardWeights, config: ModelConfig) -> Buffer:
     """x + down(silu(gate(norm(x))) * up(norm(x))).
 
-    Gate and up are half of a prefill's arithmetic and lose least by int8; what enters down has the outliers that do.
+    What enters down has outliers that one int8 loses; gate and up, like attention's output, lose least.
     """
     gated = linear_gated(x, weights.gate, weights.up, norm=weights.norm, eps=config.norm_eps, precision="fast")
     return linear(gated, weights.down, residual=x)

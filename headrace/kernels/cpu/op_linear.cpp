@@ -11,7 +11,7 @@ namespace {
 constexpr int64_t kRowsPerChunk = 4;
 constexpr int64_t kFewestStripTokens = 16;
 constexpr int64_t kTileColumns = 32;
-constexpr int64_t kTileTokens = 32;  // whose results wait together, in the first level of cache
+constexpr int64_t kTileTokens = 36;  // whose results wait together, in the first level of cache; whole tiles of 4 and of 6
 constexpr int64_t kFewTokens = 8;    // for which 16-bit panels are not widened
 constexpr int64_t kAheadBytes = 4096;
 
