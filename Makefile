@@ -27,7 +27,7 @@ INSTALL := install --no-build-isolation --editable
 SANITIZED := tests/kernels tests/ops tests/engine \
              tests/weights/test_gguf.py tests/weights/test_gguf_writer.py tests/weights/test_load.py tests/weights/test_quantize.py
 
-.PHONY: help run test quick check map bench sanitize clean
+.PHONY: help run test quick check map bench browser sanitize clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -59,6 +59,15 @@ map: $(STAMPS)/installed ## bring the map and the table of kernels in README.md 
 
 bench: $(STAMPS)/installed ## measure the default model beside this machine's limits
 	@$(BIN)/headrace bench model
+
+# The chat page is tested in a real browser where there is one; without one those tests are skipped and say so.
+browser: ## chromium for the chat page's tests, from Debian or Ubuntu; needs root
+	@if command -v chromium chromium-browser google-chrome google-chrome-stable >/dev/null; then exit; fi; \
+	  if [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then echo "· no chromium here: the chat page is not tested in a browser"; exit; fi; \
+	  echo "· chromium"; export DEBIAN_FRONTEND=noninteractive; mkdir -p build; \
+	  install() { apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core >> build/browser.log 2>&1; }; \
+	  install || { apt-get update -qq >> build/browser.log 2>&1 && install; } || \
+	  echo "· chromium could not be installed (build/browser.log): the chat page is not tested in a browser"
 
 # NOTE: -S keeps the editable install out of the way: it would put the plain extension before the sanitized one.
 sanitize: build/sanitize/stamp ## the native code's tests under the address and undefined-behaviour sanitizers

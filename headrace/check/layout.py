@@ -34,8 +34,14 @@ def purpose(name: str, text: str) -> str:
         return "read by the tests"
     if suffix in (".py", ".pyi"):
         return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
-    if suffix in (".cpp", ".h"):
+    if suffix in (".cpp", ".h", ".js"):
         return _first(r"^// ?(.*?\.(?= )|.*)", text)
+    if suffix == ".css":
+        return _first(r"^/\* (.*) \*/$", text)
+    if suffix == ".html":
+        return _first(r"^<!-- (.*) -->$", text)
+    if suffix == ".png":
+        return "a picture"
     if suffix == ".md":
         return _first(r"^# (.*)", text)
     if name == "LICENSE":

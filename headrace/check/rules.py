@@ -39,6 +39,7 @@ LAYERS = (
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGES = {"kernels", "ops", "kv_cache", "compat", "models", "weights", "text", "engine", "server", "check", "bench"}
 NATIVE = "headrace.kernels.cpu._native"  # imports nothing of ours: below everything
+PAGE = "headrace/server/page/"  # no modules: files for browsers
 
 # What a plain install brings; anything else is imported inside the function that needs it.
 INSTALLED = {"headrace", "numpy", "ml_dtypes", "tokenizers", "jinja2", "typer", "rich", "click"}
@@ -227,7 +228,7 @@ def check_names(source: Source) -> Iterator[str]:
     vague = VAGUE_NAMES & {word for part in (*path.parts[:-1], path.stem) for word in part.lower().split("_")}
     if vague:
         yield f"named {', '.join(sorted(vague))}: shared code has a name of its own"
-    deepest = 4 if source.in_kernels else 3
+    deepest = 4 if source.in_kernels or source.path.startswith(PAGE) else 3
     if path.parts[0] == "headrace" and len(path.parts) > deepest:
         yield f"lies deeper than {deepest - 1} folders"
 

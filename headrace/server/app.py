@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import Response
 
 import headrace
 from headrace.errors import HeadraceError
@@ -19,19 +17,10 @@ from headrace.server import chat, completions, embeddings, messages, responses, 
 from headrace.server.generation import LOG, Server
 from headrace.server.guard import Guard
 from headrace.server.metrics import Metrics
-from headrace.server.problems import Problem, on_error
+from headrace.server.page_files import page_router
+from headrace.server.problems import on_error
 from headrace.server.registry import Load, Registry
 from headrace.server.settings import ServerSettings
-
-_PAGE = Path(__file__).parent / "page"
-_MEDIA_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-_PAGE_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",
-}
 
 
 def create_app(models: Sequence[str], load: Load, settings: ServerSettings | None = None) -> FastAPI:
@@ -43,8 +32,7 @@ def create_app(models: Sequence[str], load: Load, settings: ServerSettings | Non
     app.state.loading = True
     for part in (chat, completions, embeddings, messages, responses, status):
         app.include_router(part.router)
-    app.add_api_route("/", _index, include_in_schema=False)
-    app.add_api_route("/page/{name}", _page_file, include_in_schema=False)
+    app.include_router(page_router())
     for kind in (HeadraceError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, on_error)
     guard: list[Guard] = []
@@ -93,15 +81,3 @@ async def _load_first(app: FastAPI) -> None:
         app.state.loading = False
     except HeadraceError as error:  # /health keeps saying 503; a request for the model says why
         LOG.error("%s: %s", server.models.first.name, error)
-
-
-def _index(request: Request) -> Response:
-    return _page_file("index.html")
-
-
-def _page_file(name: str) -> Response:
-    path = _PAGE / name
-    media_type = _MEDIA_TYPES.get(path.suffix)
-    if media_type is None or path.parent != _PAGE or not path.is_file():
-        raise Problem(404, f"there is no page {name!r:.60}", code="not_found")
-    return Response(path.read_bytes(), headers=_PAGE_HEADERS, media_type=media_type)

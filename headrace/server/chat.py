@@ -214,6 +214,7 @@ class ChatAnswer:
         self._head = b"data: " + dumps(head)[:-1] + b',"choices":[{"index":'
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         self._usage = b',"usage":null' if with_usage else b""
+        self._with_speed = body.stream_options is not None and body.stream_options.include_speed
         self._told: list[list[dict[str, Any]]] = [[] for _ in generation.streams]
 
     async def whole(self) -> Response:
@@ -232,7 +233,9 @@ class ChatAnswer:
             yield self._chunk(index, b'{"role":"assistant","content":""}')
         async for index, update in self._generation.updates():
             ended = update.finish_reason is not None
-            pieces = [self._chunk(index, _delta(part)) for part in self._parts(index, update) if part != Part()]
+            parts = [part for part in self._parts(index, update) if part != Part()]
+            extra = self._speed_now() if self._with_speed and index == 0 and parts and not ended else b""
+            pieces = [self._chunk(index, _delta(part), extra=extra) for part in parts]
             if ended:
                 pieces.append(self._chunk(index, b"{}", self._reason(index)))
             if pieces:
@@ -288,15 +291,21 @@ class ChatAnswer:
             "finish_reason": self._reason(index),
         }
 
-    def _chunk(self, index: int, delta: bytes, reason: str | None = None) -> bytes:
+    def _speed_now(self) -> bytes:
+        """What a chunk says besides its text, now and then."""
+        speed = self._generation.speed_now()
+        return b"" if speed is None else b',"headrace":' + dumps(speed)
+
+    def _chunk(self, index: int, delta: bytes, reason: str | None = None, extra: bytes = b"") -> bytes:
         ended = b"null" if reason is None else b'"' + reason.encode() + b'"'
-        return b'%s%d,"delta":%s,"logprobs":%s,"finish_reason":%s}]%s}\n\n' % (
+        return b'%s%d,"delta":%s,"logprobs":%s,"finish_reason":%s}]%s%s}\n\n' % (
             self._head,
             index,
             delta,
             dumps(self._logprobs(index)) if self._told[index] else b"null",
             ended,
             self._usage,
+            extra,
         )
 
     def _last(self, options: StreamOptions) -> bytes:

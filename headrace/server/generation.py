@@ -29,6 +29,7 @@ Make = Callable[[AsyncLLM], Sequence[AsyncStream]]
 
 LOG = logging.getLogger("headrace.server")
 _FIRST_ESTIMATE_S = 1.0
+_SPEED_PERIOD_S = 0.25  # between two looks at how fast an answer comes
 
 
 @dataclass
@@ -54,6 +55,8 @@ class Generation:
         self.server, self.model, self.streams = server, model, streams
         self._started = perf_counter()
         self._last = dict.fromkeys(range(len(streams)), self._started)
+        self._first_token_s = 0.0  # until the first choice had a token
+        self._speed_told = self._started
         self._closed = False
         metrics, name = server.metrics, model.name  # found once: it is done for every token
         self._tokens = metrics.generation_tokens.labels(name)
@@ -112,7 +115,16 @@ class Generation:
             "prefill_tokens_per_s": completion.timings.prefill_tokens_per_s,
             "gb_per_s": completion.gb_per_s,
             "roof_fraction": completion.roof_fraction,
+            "time_to_first_token_s": self._first_token_s,
         }
+
+    def speed_now(self) -> dict[str, Any] | None:
+        """The speed so far, now and then: None when it was told a moment ago."""
+        now = perf_counter()
+        if now - self._speed_told < _SPEED_PERIOD_S:
+            return None
+        self._speed_told = now
+        return self.speed
 
     def _count(self, index: int, update: Update) -> None:
         now = perf_counter()
@@ -121,6 +133,8 @@ class Generation:
         self._tokens.inc(count)
         if self.streams[index].num_tokens == count:
             self._first_token.observe(seconds)
+            if index == 0:
+                self._first_token_s = seconds
         elif count:
             self._inter_token.observe(seconds / count)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx
 import pytest
+from browser import Browser, Page, find_browser
+from scripted_llm import ScriptedServer
 from starlette.testclient import TestClient
 
 from headrace import AsyncLLM
@@ -96,3 +98,46 @@ def process(tiny_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="session")
 def start_process() -> type[Process]:
     return Process
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    path = find_browser()
+    if path is None:
+        pytest.skip("there is no chromium here; make browser installs Debian's")
+    running = Browser(path, tmp_path_factory.mktemp("browser"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="module")
+def open_page(browser: Browser) -> Iterator[Callable[[], Page]]:
+    """Pages that know nothing of each other."""
+    opened: list[Page] = []
+
+    def make() -> Page:
+        opened.append(browser.open_page())
+        return opened[-1]
+
+    yield make
+    for page in opened:
+        page.close()
+
+
+@pytest.fixture(scope="module")
+def serve_script() -> Iterator[Callable[..., ScriptedServer]]:
+    """Servers that say what they are told; keywords are settings."""
+    running: list[ScriptedServer] = []
+
+    def make(answers: dict[str, str] | None = None, **settings: Any) -> ScriptedServer:
+        running.append(ScriptedServer(answers or {}, **settings))
+        return running[-1]
+
+    yield make
+    for server in running:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def scripted(serve_script: Callable[..., ScriptedServer]) -> ScriptedServer:
+    return serve_script()
