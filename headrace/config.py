@@ -61,6 +61,7 @@ class EngineConfig:
 
     kv_dtype: one of KV_DTYPES. int8 and int4 are codes with a scale per token and head (`ops/kv_formats.py`).
     packed: one of PACKED, for weights that `headrace pack` has kept on disk (`weights/packed.py`).
+    batch_invariant: answers are the same bit for bit alone and in any company, however prompts are cut and cached.
     """
 
     threads: int | None = None
@@ -71,11 +72,18 @@ class EngineConfig:
     max_requests: int = 16  # in one step
     kv_cache_bytes: int | None = None  # None: a context for each request, but at most half of the machine's memory
     packed: str = "auto"
+    batch_invariant: bool = False
 
     def __post_init__(self) -> None:
         _positive(self, "threads", "context_len", "page_size", "chunk_len", "max_requests", "kv_cache_bytes")
         _among(self, "kv_dtype", KV_DTYPES, "names in full, as NumPy's")
         _among(self, "packed", PACKED)
+        _flag(self, "batch_invariant")
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """What every kernel of a step must have, as `ops/select.py` names it."""
+        return ("batch_invariant",) if self.batch_invariant else ()
 
 
 @dataclass(frozen=True)
@@ -155,8 +163,7 @@ class SamplingParams:
             if getattr(self, name) == 0.0:
                 raise ArgumentError(f"{name}: expected more than 0 and at most 1, got 0.0", "temperature=0 for greedy")
         for name in ("ignore_eos", "json_object"):
-            if not isinstance(getattr(self, name), bool):
-                raise ArgumentError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+            _flag(self, name)
         for name in ("regex", "grammar"):
             if not isinstance(getattr(self, name), (str, NoneType)):
                 raise ArgumentError(f"{name}: expected text, got {getattr(self, name)!r:.80}")
@@ -182,6 +189,11 @@ def _positive(config: Any, *names: str) -> None:
     for name in names:
         if getattr(config, name) is not None:
             _whole(config, name, 1)
+
+
+def _flag(config: Any, name: str) -> None:
+    if not isinstance(getattr(config, name), bool):
+        raise ArgumentError(f"{name}: expected True or False, got {getattr(config, name)!r}")
 
 
 def _among(config: Any, name: str, allowed: tuple[str, ...], hint: str | None = None) -> None:

@@ -80,6 +80,8 @@ class LLM:
     the machine's memory, which is taken only as far as it is used. packed: weights that `headrace pack` has kept on
     disk are mapped when there ("auto"), not at all ("never"), or must be there ("require"). draft_model: a smaller
     model with the same tokens, which guesses for requests that ask for it (`SamplingParams.speculate`).
+    batch_invariant: an answer is the same bit for bit alone and in any company, however its prompt was cut, cached or
+    guessed at; `headrace bench model --batch 16` prints what that costs.
     Raises SourceError, ModelFileError, UnsupportedError, ArgumentError.
     """
 
@@ -95,6 +97,7 @@ class LLM:
         kv_cache_bytes: int | None = None,
         draft_model: str | Path | None = None,
         packed: str = "auto",
+        batch_invariant: bool = False,
         offline: bool = False,
         progress: Progress | None = None,
     ) -> None:
@@ -107,6 +110,7 @@ class LLM:
             max_requests=max_requests,
             kv_cache_bytes=kv_cache_bytes,
             packed=packed,
+            batch_invariant=batch_invariant,
         )
         self.path = resolve(str(model), offline=offline, progress=progress)
         with open_gguf(self.path) as file:
@@ -135,7 +139,8 @@ class LLM:
                     f"draft_model: expected a model with the same {num_tokens} tokens, got {vocab_size}"
                 )
             context_len = min(self.config.context_len, config.context_len, options.context_len or config.context_len)
-            weights = load_weights(file, config, self.pool)
+            kept = find_packed(file, self.pool, options.packed)
+            weights = load_weights(file, config, self.pool, kept=kept)
         return DraftModel(weights, config, replace(options, context_len=context_len), self.pool)
 
     @property

@@ -46,6 +46,7 @@ HELP = {
     "kv_dtype": "What the cache of keys and values holds: float32, float16, bfloat16, float8_e4m3fn, int8 or int4.",
     "chunk_len": "Tokens of a prompt computed in one step.",
     "packed": "Weights kept by `headrace pack`: auto uses them where there, never, require.",
+    "batch_invariant": "The same answer bit for bit, alone and among any others; slower where that costs something.",
     "host": "Address to listen on.",
     "port": "Port to listen on.",
     "unix_socket": "Listen on this socket in place of an address.",
@@ -93,6 +94,7 @@ class LoadOptions:
     context_len: int | None = None
     kv_dtype: str = EngineConfig.kv_dtype
     packed: str = EngineConfig.packed
+    batch_invariant: bool = EngineConfig.batch_invariant
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,7 +81,7 @@ class Headrace:
         return stream.completion.timings.decode_tokens_per_s
 
     def fill(self, ids: list[int], sequences: int) -> None:
-        self._together = self._together or Together(self._llm)
+        self._together = self._together or Together(self._llm.engine)
         self._together.forget(self._sequences, 0)
         self._sequences = [self._together.filled(ids)]
         self._sequences += [self._together.copied(self._sequences[0]) for _ in range(sequences - 1)]

@@ -23,7 +23,8 @@ class Embedder:
         max_pages = pages_needed(engine.context_len or config.context_len, engine.page_size)
         self.batch = Batch(tokens, 1, tokens, max_pages, engine.page_size)
         self.program = native.Program(pool, native.Sizes(tokens, 1, tokens))
-        recorded = decoder.hidden(self.batch.inputs(self.program), weights, storage.layers, config)
+        inputs, require = self.batch.inputs(self.program), engine.required
+        recorded = decoder.hidden(inputs, weights, storage.layers, config, require=require)
         self.program.keep(recorded.tensor)
         self.program.finish()
         self._hidden = recorded.tensor.numpy()

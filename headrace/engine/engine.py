@@ -7,7 +7,9 @@ prompt that many share is computed once.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -64,6 +66,11 @@ class Engine:
         self._made_of = (weights, config, engine, pool)
         self._embedder: Embedder | None = None  # recorded when it is first asked for
         self._drawn_from: dict[Request, np.ndarray] = {}  # rows of the last step's logits
+
+    def again(self, **changes: Any) -> Engine:
+        """Another engine on the same weights, with some options changed: no memory but that of its own cache."""
+        weights, config, engine, pool = self._made_of
+        return Engine(weights, config, replace(engine, **changes), pool)
 
     @property
     def has_work(self) -> bool:

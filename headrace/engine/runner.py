@@ -37,7 +37,8 @@ class Runner:
         max_pages = pages_needed(engine.context_len or config.context_len, engine.page_size)
         self.batch = Batch(tokens, requests, outputs, max_pages, engine.page_size)
         self.program = native.Program(pool, native.Sizes(tokens, requests, outputs))
-        recorded = decoder.logits(self.batch.inputs(self.program), weights, self.storage.layers, config)
+        inputs, require = self.batch.inputs(self.program), engine.required
+        recorded = decoder.logits(inputs, weights, self.storage.layers, config, require=require)
         self.program.keep(recorded.tensor)
         self.sampler = Sampler(recorded)
         self.program.finish()

@@ -17,23 +17,42 @@ from headrace.ops.norm import rms_norm
 from headrace.ops.rope import inverse_frequencies, magnitude, rope_table
 
 
-def logits(step: StepInputs, weights: ModelWeights, pages: Sequence[LayerPages], config: ModelConfig) -> Buffer:
-    """Logits [outputs, vocab] of the step's output rows; its keys and values are appended to `pages`, one per layer."""
-    x = _layers(step, weights, pages, config)
-    return linear(select_rows(x, step.output_rows), weights.head, norm=weights.norm, eps=config.norm_eps)
+def logits(
+    step: StepInputs,
+    weights: ModelWeights,
+    pages: Sequence[LayerPages],
+    config: ModelConfig,
+    *,
+    require: Sequence[str] = (),
+) -> Buffer:
+    """Logits [outputs, vocab] of the step's output rows; its keys and values are appended to `pages`, one per layer.
+
+    require: what every kernel of it must have (`ops/select.py`).
+    """
+    rows = select_rows(_layers(step, weights, pages, config, require), step.output_rows)
+    return linear(rows, weights.head, norm=weights.norm, eps=config.norm_eps, require=require)
 
 
-def hidden(step: StepInputs, weights: ModelWeights, pages: Sequence[LayerPages], config: ModelConfig) -> Buffer:
+def hidden(
+    step: StepInputs,
+    weights: ModelWeights,
+    pages: Sequence[LayerPages],
+    config: ModelConfig,
+    *,
+    require: Sequence[str] = (),
+) -> Buffer:
     """What the head would get of the output rows: [outputs, dim], normalized. Pages are appended to as for logits."""
-    x = _layers(step, weights, pages, config)
-    return rms_norm(select_rows(x, step.output_rows), weights.norm, eps=config.norm_eps)
+    rows = select_rows(_layers(step, weights, pages, config, require), step.output_rows)
+    return rms_norm(rows, weights.norm, eps=config.norm_eps)
 
 
-def _layers(step: StepInputs, weights: ModelWeights, pages: Sequence[LayerPages], config: ModelConfig) -> Buffer:
+def _layers(
+    step: StepInputs, weights: ModelWeights, pages: Sequence[LayerPages], config: ModelConfig, require: Sequence[str]
+) -> Buffer:
     x = embedding(step.token_ids, weights.embedding)
     frequencies = inverse_frequencies(config.rope, weights.rope_factors)
     rope = rope_table(step.positions, frequencies, magnitude=magnitude(config.rope))
     for layer, layer_pages in zip(weights.layers, pages, strict=True):
-        x = attention(x, layer.attention, layer_pages, rope=rope, step=step, config=config)
-        x = feed_forward(x, layer.feed_forward, config)
+        x = attention(x, layer.attention, layer_pages, rope=rope, step=step, config=config, require=require)
+        x = feed_forward(x, layer.feed_forward, config, require)
     return x

@@ -5,6 +5,7 @@ Everything takes and gives buffers of a program being recorded; x is [tokens, di
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,11 +77,20 @@ class StepInputs:
 
 
 def attention(
-    x: Buffer, weights: AttentionWeights, pages: LayerPages, *, rope: Buffer, step: StepInputs, config: ModelConfig
+    x: Buffer,
+    weights: AttentionWeights,
+    pages: LayerPages,
+    *,
+    rope: Buffer,
+    step: StepInputs,
+    config: ModelConfig,
+    require: Sequence[str] = (),
 ) -> Buffer:
     """x + output(attention(norm(x))), with this step's keys and values appended to the pages."""
     matrices = [weights.query, weights.key, weights.value]
-    query, key, value = linear_many(x, matrices, biases=weights.biases, norm=weights.norm, eps=config.norm_eps)
+    query, key, value = linear_many(
+        x, matrices, biases=weights.biases, norm=weights.norm, eps=config.norm_eps, require=require
+    )
     query = append_pages(
         key.view(config.num_kv_heads, config.head_dim),
         value.view(config.num_kv_heads, config.value_head_dim),
@@ -97,8 +107,15 @@ def attention(
         eps=config.norm_eps,
         spread=pages.coded,  # keys have a few channels ten times as large as the others
     )
+    mixed = _attended(query, pages, step, config, require).view(config.num_heads * config.value_head_dim)
+    return linear(mixed, weights.output, residual=x, precision="fast", require=require)
+
+
+def _attended(
+    query: Buffer, pages: LayerPages, step: StepInputs, config: ModelConfig, require: Sequence[str]
+) -> Buffer:
     window = (config.sliding_window - 1, None) if config.sliding_window else (None, None)
-    mixed = paged_attention(
+    return paged_attention(
         query,
         pages.keys,
         pages.values,
@@ -109,17 +126,19 @@ def attention(
         key_scales=pages.key_scales,
         value_scales=pages.value_scales,
         out_dtype="float32",
-        # An answer depends neither on its neighbours nor on how its prompt was cut, but with scales, where decode would
-        # have to widen and transpose all keys as a prefill does.
-        deterministic=pages.key_scales is None,
+        # An answer depends neither on its neighbours nor on how its prompt was cut. With scales that is done only on
+        # request: decode would have to widen and transpose all keys as a prefill does.
+        deterministic=pages.key_scales is None or "batch_invariant" in require,
+        require=require,
     ).out
-    return linear(mixed.view(config.num_heads * config.value_head_dim), weights.output, residual=x, precision="fast")
 
 
-def feed_forward(x: Buffer, weights: FeedForwardWeights, config: ModelConfig) -> Buffer:
+def feed_forward(x: Buffer, weights: FeedForwardWeights, config: ModelConfig, require: Sequence[str] = ()) -> Buffer:
     """x + down(silu(gate(norm(x))) * up(norm(x))).
 
     What enters down has outliers that one int8 loses; gate and up, like attention's output, lose least.
     """
-    gated = linear_gated(x, weights.gate, weights.up, norm=weights.norm, eps=config.norm_eps, precision="fast")
-    return linear(gated, weights.down, residual=x)
+    gated = linear_gated(
+        x, weights.gate, weights.up, norm=weights.norm, eps=config.norm_eps, precision="fast", require=require
+    )
+    return linear(gated, weights.down, residual=x, require=require)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,15 +55,16 @@ def linear(
     out: Any = None,
     precision: str = "auto",
     kernel: str | None = None,
+    require: Sequence[str] = (),
 ) -> Any:
     """x times the transposed weight, plus bias and residual where given.
 
     x: [tokens, cols] float32, float16 or bfloat16; bias: [rows] float32; residual: [tokens, rows] float32;
     norm: [cols] float32, the weight of an rms_norm of x; out: [tokens, rows], float32 unless given. Raises
-    ArgumentError for what does not fit, KernelError for a kernel asked for by name that cannot run.
+    ArgumentError for what does not fit, KernelError where no kernel, or not the one asked for, has what is required.
     """
     outs = None if out is None else [out]
-    chosen = choose(kernels(), _checked(x, [weight], precision, norm, eps), kernel)
+    chosen = choose(kernels(), _checked(x, [weight], precision, norm, eps), kernel, require)
     return chosen.run(x, [weight], [bias], residual, outs, PRECISIONS[precision], norm, float(eps))[0]
 
 
@@ -75,9 +76,10 @@ def linear_many(
     norm: Any = None,
     eps: float = 1e-6,
     precision: str = "auto",
+    require: Sequence[str] = (),
 ) -> list[Any]:
     """One product per weight, all of the same x: what x needs (int8) is made once, and the work is shared out once."""
-    chosen = choose(kernels(), _checked(x, weights, precision, norm, eps))
+    chosen = choose(kernels(), _checked(x, weights, precision, norm, eps), require=require)
     biases = biases or [None] * len(weights)
     return chosen.run(x, weights, biases, None, None, PRECISIONS[precision], norm, float(eps))
 
@@ -92,11 +94,12 @@ def linear_gated(
     out: Any = None,
     precision: str = "auto",
     kernel: str | None = None,
+    require: Sequence[str] = (),
 ) -> Any:
     """silu(x gate^T) * (x up^T), the two products side by side and never stored."""
     if gate.shape != up.shape:
         raise ArgumentError(f"up: expected the shape of gate {list(gate.shape)}, got {list(up.shape)}")
-    chosen = choose(gated_kernels(), _checked(x, [gate, up], precision, norm, eps), kernel)
+    chosen = choose(gated_kernels(), _checked(x, [gate, up], precision, norm, eps), kernel, require)
     return chosen.run(x, gate, up, out, PRECISIONS[precision], norm, float(eps))
 
 
@@ -152,16 +155,21 @@ def _checked(x: Any, weights: Sequence[PackedWeight], precision: str, norm: Any,
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of this op, imported when first asked for."""
     from headrace.kernels.cpu import linear
-    from headrace.ops.per_isa import per_isa, row_by_row
 
-    vectors = per_isa(linear.run, linear.LEVELS[:3], plan=row_by_row)
-    return *per_isa(linear.run, linear.LEVELS[3:]), *vectors  # over tiles, 16 tokens are computed otherwise than 1
+    return _of_levels(linear.run)
 
 
 @functools.cache
 def gated_kernels() -> tuple[Kernel, ...]:
     """The kernels of the gated form."""
     from headrace.kernels.cpu import linear
-    from headrace.ops.per_isa import per_isa
 
-    return per_isa(linear.run_gated, linear.LEVELS)
+    return _of_levels(linear.run_gated)
+
+
+def _of_levels(run: Callable[..., Any]) -> tuple[Kernel, ...]:
+    from headrace.kernels.cpu.linear import LEVELS
+    from headrace.ops.per_isa import per_isa, row_by_row
+
+    vectors = per_isa(run, LEVELS[:3], plan=row_by_row)
+    return *per_isa(run, LEVELS[3:]), *vectors  # over tiles, 16 tokens are computed otherwise than 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from headrace import LLM, cli
 from headrace.bench import batches
-from headrace.bench.batches import Together, bench_batches, check_batches, varying_parts
+from headrace.bench.batches import Together, bench_batches, check_batches, engines_of, varying_parts
 from headrace.bench.model import ModelBench, greedy
 from headrace.bench.step import explain_model
 from headrace.check.fakes import TinyModel, write_tiny_model
@@ -61,13 +62,13 @@ def test_the_document_has_every_batch_at_every_depth(
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "float16", "int8", "int4"])
 def test_a_copy_goes_on_as_the_original(path: Path, kv_dtype: str) -> None:
-    together = Together(load(path, kv_dtype=kv_dtype))
+    together = Together(load(path, kv_dtype=kv_dtype).engine)
     sequence = together.filled(list(range(70)))
     copies = [together.copied(sequence) for _ in range(2)]
     assert len({*sequence.pages, *copies[0].pages, *copies[1].pages}) == 3 * len(sequence.pages) == 6
     assert together.decode([sequence], [5], 4) == together.decode([copies[0]], [5], 4)
     together.forget([sequence, copies[0]], 0)
-    alone = load(path, kv_dtype=kv_dtype)
+    alone = load(path, kv_dtype=kv_dtype).engine
     assert together.decode([copies[1]], [5], 4) == Together(alone).decode(
         [Together(alone).filled([*range(70)])], [5], 4
     )
@@ -78,7 +79,7 @@ def test_together_answers_are_those_of_generate(path: Path) -> None:
         llm = load(path)
     prompts = [[7], [1, 2, 3], list(range(40))]
     expected = [llm.generate(prompt, greedy(6)).token_ids for prompt in prompts]
-    assert Together(llm).answers(prompts, 6) == expected
+    assert Together(llm.engine).answers(prompts, 6) == expected
 
 
 def test_no_speed_for_a_batch_that_answers_otherwise(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +104,25 @@ def test_what_may_vary_is_named(path: Path) -> None:
     with cpu.limit_isa("avx2"):
         assert varying_parts(load(path)) == []
         assert varying_parts(load(path, kv_dtype="int8")) == ["attention over keys with scales"]
+
+
+def test_what_batch_invariance_costs_is_measured_beside(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(batches, "measured_machine", lambda num_bytes, threads: MACHINE)
+    plan = replace(PLAN, kv_dtype="int8", depths=(0,))
+    data = bench_batches(str(path), plan, threads=1, json_only=False, progress=ProgressLine())
+    out = capsys.readouterr().out
+    assert [row["batch_invariant"]["count"] for row in data["rows"]] == [2, 2, 2] and len(data["prefill"]) == 2
+    assert "% time)" in out and "prefill of 8: " in out and "the same" not in out
+
+
+def test_an_engine_that_breaks_its_promise_gives_no_speed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = load(path, kv_dtype="int8")
+    assert [engine.runner.storage.dtype for engine in engines_of(llm, [1, 4])] == ["int8", "int8"]
+    monkeypatch.setattr(batches, "_difference", lambda llm, engine, batches: "an answer in a batch of 4 is [1]")
+    with pytest.raises(HeadraceError, match="with batch_invariant, an answer in a batch of 4 is"):
+        engines_of(llm, [1, 4])
 
 
 def test_a_batch_is_not_explained(path: Path) -> None:

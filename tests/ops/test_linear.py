@@ -22,6 +22,7 @@ MORE_ROWS = 64  # of a straightforward product, which may by luck be nearly exac
 EACH_KERNEL = pytest.mark.parametrize("kernel", op.kernels(), ids=lambda kernel: kernel.name)
 EACH_CASE = pytest.mark.parametrize("case", cases.LINEAR, ids=lambda case: case.name)
 EACH_FORMAT = pytest.mark.parametrize("name", FORMATS)
+INVARIANT = ("batch_invariant",)
 
 
 def matrix(name, case, seed=0):
@@ -165,19 +166,30 @@ def test_packing_keeps_every_bit(name):
 
 
 @EACH_FORMAT
-def test_a_token_does_not_depend_on_its_neighbours(name):
-    _, weight, cols = matrix(name, cases.LinearCase("alone", 1, 48, 512))
-    x = np.random.default_rng(5).standard_normal((21, cols)).astype(np.float32)
-    vectors = (
-        f"cpu_{min(cpu.isa(), 'avx512', key=cpu.ISAS.index)}"  # over tiles, 16 tokens are computed otherwise than 1
-    )
-    together = op.linear(x, weight, kernel=vectors)
-    for token in (0, 7, 8, 12, 20):
-        assert np.array_equal(op.linear(x[token : token + 1], weight, kernel=vectors)[0], together[token])
-    request = op.request(21, [(name, 48, cols)])
-    assert choose(op.kernels(), request, vectors, ("batch_invariant",)).name == vectors
-    amx = next(kernel for kernel in op.kernels() if kernel.name == "cpu_amx")
-    assert not amx.planned(request, this_machine()).batch_invariant
+@pytest.mark.parametrize("level", linear_cpu.LEVELS[:3])
+def test_a_token_does_not_depend_on_its_neighbours(name, level):
+    if cpu.ISAS.index(level) > cpu.ISAS.index(cpu.best_isa()):
+        pytest.skip(f"this CPU has {cpu.best_isa()}")
+    raw, weight, cols = matrix(name, cases.LinearCase("alone", 1, 48, 512))
+    up = op.pack(raw[::-1].copy(), name, (48, cols))
+    x = np.random.default_rng(5).standard_normal((37, cols)).astype(np.float32)
+    kernel, tokens = f"cpu_{level}", range(0, 37, 4)
+    for precision in op.PRECISIONS:
+        together = op.linear(x, weight, kernel=kernel, precision=precision, require=INVARIANT)
+        both = op.linear_gated(x, weight, up, kernel=kernel, precision=precision, require=INVARIANT)
+        for token in tokens:
+            own = x[token : token + 1]
+            assert np.array_equal(op.linear(own, weight, kernel=kernel, precision=precision)[0], together[token])
+            alone = op.linear_gated(own, weight, up, kernel=kernel, precision=precision)
+            assert np.array_equal(alone[0], both[token])
+
+
+def test_tiles_promise_nothing():
+    """Over them 16 tokens are computed otherwise than 1."""
+    for kernels in (op.kernels(), op.gated_kernels()):
+        amx = next(kernel for kernel in kernels if kernel.name == "cpu_amx")
+        assert not amx.planned(op.request(21, [("Q8_0", 48, 512)]), this_machine()).batch_invariant
+        assert choose(kernels, op.request(21, [("Q8_0", 48, 512)]), require=INVARIANT) is not amx
 
 
 @EACH_FORMAT
