@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,14 @@ class AsyncLLM:
         for stream in streams:
             stream.group = streams
         return streams
+
+    async def save_cache(self, path: str | Path, prompt: str | Sequence[int], *, add_special: bool = True) -> int:
+        """As `LLM.save_cache`, between steps; requests that run wait meanwhile."""
+        return await self.worker.call(partial(self.llm.save_cache, path, prompt, add_special=add_special))
+
+    async def load_cache(self, path: str | Path) -> int:
+        """As `LLM.load_cache`, between steps."""
+        return await self.worker.call(partial(self.llm.load_cache, path))
 
     async def embed(self, ids: Sequence[int], pooling: str = "mean") -> np.ndarray:
         """What the model makes of a text: float32 [dim], "mean" or "last" hidden state. Computed between steps."""

@@ -18,6 +18,7 @@ import typer
 from headrace.config import EngineConfig, SamplingParams
 from headrace.errors import ArgumentError, UnsupportedError
 from headrace.options import HELP, ExplainOptions, LoadOptions, numbers, words
+from headrace.prompt_cache import keep, restore
 from headrace.server.settings import ServeOptions
 from headrace.talk import ProgressLine, say, speed_line
 from headrace.verbs import verb
@@ -30,6 +31,7 @@ Model = Annotated[str, typer.Option("-m", "--model", help="A known name, a file,
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Threads = Annotated[int | None, typer.Option(help=HELP["threads"])]
 KVDtype = Annotated[str, typer.Option("--kv-dtype", help=HELP["kv_dtype"])]
+PromptCache = Annotated[Path | None, typer.Option(help="Go on from what this file holds, and keep this in it.")]
 
 app = typer.Typer(
     help="Run open-weight language models at the speed the hardware allows.",
@@ -62,14 +64,18 @@ def run(
     sampling: SamplingParams,
     loading: LoadOptions,
     model: Model = "smollm2",
+    prompt_cache: PromptCache = None,
     raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, without the chat template.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answer a prompt."""
     text = read_prompt(prompt, raw)
     llm = load(model, loading)
+    restore(llm, prompt_cache)
     stream = llm.stream(text, sampling) if raw else llm.chat_stream([{"role": "user", "content": text}], sampling)
-    completion = _with_roof(llm, _finished(stream) if as_json else print_stream(stream))
+    completion = _finished(stream) if as_json else print_stream(stream)
+    keep(llm, prompt_cache, [*completion.prompt_token_ids, *completion.token_ids])
+    completion = _with_roof(llm, completion)
     if as_json:
         import dataclasses
         import json
@@ -140,11 +146,15 @@ def _with_roof(llm: LLM, completion: Completion) -> Completion:
 
 
 @verb(app)
-def chat(sampling: SamplingParams, loading: LoadOptions, model: Model = "smollm2") -> None:
+def chat(
+    *, sampling: SamplingParams, loading: LoadOptions, model: Model = "smollm2", prompt_cache: PromptCache = None
+) -> None:
     """Talk with a model; /help says what else can be done."""
     from headrace.conversation import converse
 
-    converse(load(model, loading), sampling)
+    llm = load(model, loading)
+    restore(llm, prompt_cache)
+    keep(llm, prompt_cache, converse(llm, sampling))
 
 
 @verb(app)

@@ -14,7 +14,7 @@ from headrace.errors import HeadraceError
 from headrace.talk import say, speed_line
 
 if TYPE_CHECKING:
-    from headrace.llm import LLM
+    from headrace.llm import LLM, Stream
 
 HELP = """\
 /reset        forget the conversation
@@ -24,8 +24,8 @@ HELP = """\
 Ctrl-C        end the answer"""
 
 
-def converse(llm: LLM, params: SamplingParams) -> None:
-    """Reads lines and answers until /exit or the end of the input."""
+def converse(llm: LLM, params: SamplingParams) -> list[int]:
+    """Reads lines and answers until /exit or the end of the input; the tokens of the last turn, with all before it."""
     conversation = Conversation(llm, params)
     terminal = sys.stdin.isatty()
     if terminal:
@@ -38,7 +38,7 @@ def converse(llm: LLM, params: SamplingParams) -> None:
             say("\n/exit or Ctrl-D leaves")
             continue
         if line is None or not conversation.take(line):
-            return
+            return conversation.token_ids
 
 
 class Conversation:
@@ -49,6 +49,7 @@ class Conversation:
         self._params = params
         self._system: list[dict[str, str]] = []
         self.messages: list[dict[str, str]] = []
+        self.token_ids: list[int] = []
 
     def take(self, line: str) -> bool:
         """Does what a line asks for; False when it asks to leave."""
@@ -97,10 +98,16 @@ class Conversation:
         except KeyboardInterrupt:
             print(flush=True)
             say("interrupted")
+            self._note(stream)
             return "".join(shown)
         print(flush=True)
         say(speed_line(stream.completion))
+        self._note(stream)
         return "".join(shown)
+
+    def _note(self, stream: Stream) -> None:
+        completion = stream.completion
+        self.token_ids = [*completion.prompt_token_ids, *completion.token_ids]
 
 
 def _edit_lines() -> None:

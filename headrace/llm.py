@@ -6,36 +6,43 @@ print(llm.generate("The capital of France is", SamplingParams(max_tokens=16)).te
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any, overload
 
 import numpy as np
 
+import headrace
 from headrace.completion import Answer, Choice, Completion, Piece, Timings
 from headrace.config import EngineConfig, SamplingParams
 from headrace.engine.answers import answer_requests, likeliest
 from headrace.engine.draft import DraftModel
 from headrace.engine.engine import Engine
 from headrace.engine.request import Request
+from headrace.engine.saved_prefix import Limits, Origin, read_prefix, write_prefix
 from headrace.errors import ArgumentError, ModelFileError
 from headrace.kernels import cpu
 from headrace.kernels.cpu.nodes import make_pool
 from headrace.kv_cache.storage import bytes_per_token
 from headrace.machine import this_machine
+from headrace.talk import ProgressLine
 from headrace.text.chat import ChatTemplate
 from headrace.text.stream import TextStream
 from headrace.text.token_rules import token_rules
 from headrace.text.tokenizer import Tokenizer
+from headrace.weights.fingerprint import fingerprint
 from headrace.weights.gguf import open_gguf
 from headrace.weights.load import load_config, load_weights
 from headrace.weights.packed import find_packed
 from headrace.weights.sources import resolve
 
 Progress = Callable[[str, int, int | None], None]
+Shown = Progress | bool  # True: a line on stderr, where that is a terminal
 Params = SamplingParams | Sequence[SamplingParams] | None
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -58,8 +65,8 @@ class Stream:
             for _ in tokens:
                 piece = self._answer.push()
                 if self._answer.stopped:
-                    engine.cancel(self._request, "stop")
                     self._answer.cut()
+                    engine.cancel(self._request, "stop")
                 yield piece
                 if self._answer.stopped:
                     return
@@ -119,9 +126,10 @@ class LLM:
             self.kv_bytes_per_token = bytes_per_token(self.config, kv_dtype)
             self.tokenizer = Tokenizer.from_metadata(file.metadata)
             _check_vocabulary(self.tokenizer.vocab_size, self.config.vocab_size)
-            self._metadata = file.metadata
+            self._metadata, self._identity = file.metadata, file.identity
             self.pool = make_pool(threads) if threads else cpu.default_pool()
             weights = load_weights(file, self.config, self.pool, progress, kept=find_packed(file, self.pool, packed))
+        self._bits = f"{headrace.__version__} {cpu.isa()}" if batch_invariant else ""
         self.threads = self.pool.num_threads
         self.bytes_per_token = weights.bytes_per_token
         drafts = None if draft_model is None else self._load_drafts(str(draft_model), options, offline)
@@ -161,19 +169,20 @@ class LLM:
         params: Params = None,
         *,
         add_special: bool = True,
-        progress: Progress | None = None,
+        progress: Shown = True,
     ) -> list[Completion]: ...
 
     def generate(
-        self, prompt: Any, params: Params = None, *, add_special: bool = True, progress: Progress | None = None
+        self, prompt: Any, params: Params = None, *, add_special: bool = True, progress: Shown = True
     ) -> Completion | list[Completion]:
         """The answer to a raw prompt, text or a list of token ids; or a list of answers to a list of prompts.
 
         Prompts of a list are answered together, in much less time than one after the other. params: for all, or one for
-        each. progress: is told (message, done, total) as answers are ready. With n > 1 a completion has n `choices`.
+        each. progress: is told (message, done, total) as answers are ready; by default a line on a terminal's stderr,
+        for what takes over a second; False: nothing. With n > 1 a completion has n `choices`.
         """
         if not _is_list_of(prompt, (str, list, tuple, np.ndarray)):
-            return self._answers([self._ids(prompt, add_special)], _for_each(params, 1), True)[0]
+            return self._answers([self._ids(prompt, add_special)], _for_each(params, 1), True, False)[0]
         prompts = [self._ids(each, add_special) for each in prompt]
         return self._answers(prompts, _for_each(params, len(prompts)), True, progress)
 
@@ -188,18 +197,18 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: Sequence[Conversation], params: Params = None, *, progress: Progress | None = None
+        self, messages: Sequence[Conversation], params: Params = None, *, progress: Shown = True
     ) -> list[Completion]: ...
 
     def chat(
-        self, messages: Any, params: Params = None, *, progress: Progress | None = None
+        self, messages: Any, params: Params = None, *, progress: Shown = True
     ) -> Completion | list[Completion]:
         """The assistant's answer to a conversation: [{"role": "user", "content": "hi"}]; or to each of a list of them.
 
         Lists, params and progress are as in `generate`.
         """
         if not _is_list_of(messages, (list, tuple)):
-            return self._answers([self.render(messages)], _for_each(params, 1), False)[0]
+            return self._answers([self.render(messages)], _for_each(params, 1), False, False)[0]
         prompts = [self.render(each) for each in messages]
         return self._answers(prompts, _for_each(params, len(prompts)), False, progress)
 
@@ -222,6 +231,33 @@ class LLM:
         """Logits at every position: float32 [tokens, vocab]."""
         return self.engine.logits(ids)
 
+    def save_cache(self, path: str | Path, prompt: str | Sequence[int], *, add_special: bool = True) -> int:
+        """Keeps a prompt's keys and values in a file, computed as far as they are not cached; the file's bytes.
+
+        They are 188, and for each token 4 and `kv_bytes_per_token`; what the file is, says engine/saved_prefix.py.
+        Raises what `generate` raises, CapacityError when the disk is full, ArgumentError where nothing can be written.
+        """
+        with self.engine.cached(self._ids(prompt, add_special)) as sequence:
+            return write_prefix(Path(path), sequence, self.engine.runner.storage, self._origin)
+
+    def load_cache(self, path: str | Path) -> int:
+        """Takes such a file into the cache, where prompts that begin alike find it; the number of its tokens.
+
+        Raises ArgumentError for a file of another model, kv_dtype or format, and for one with other bits where this
+        model is batch-invariant; ModelFileError for one that is damaged, CapacityError where it has no room.
+        """
+        limits = Limits(self.context_len, self.config.vocab_size)
+        return self.engine.take_in(
+            partial(read_prefix, Path(path), self.engine.runner.storage, self._origin, limits)
+        )
+
+    @cached_property
+    def _origin(self) -> Origin:
+        with open_gguf(self.path) as file:
+            if file.identity != self._identity:
+                raise ModelFileError(f"{self.path}: has changed since it was loaded", "load it again")
+            return Origin(fingerprint(file), self.engine.runner.storage.dtype, self._bits)
+
     def close(self) -> None:
         """Lets go of the model's memory. What needs the model then raises ArgumentError; closing again does nothing."""
         self._engine = None
@@ -239,7 +275,7 @@ class LLM:
         prompts: Sequence[Sequence[int]],
         params: Sequence[SamplingParams],
         continues: bool,
-        progress: Progress | None = None,
+        progress: Shown,
     ) -> list[Completion]:
         """All answers to all prompts, which the engine computes together."""
         groups = list[list[Request]]()
@@ -250,7 +286,8 @@ class LLM:
             for group in groups
             for request in group
         }
-        self._run_all([group[0] for group in groups], answers, progress)
+        with _shown(progress) as told:
+            self._run_all([group[0] for group in groups], answers, told)
         return [self._chosen(group, answers, each) for group, each in zip(groups, params, strict=True)]
 
     def _run_all(self, firsts: Sequence[Request], answers: Mapping[Request, Answer], progress: Progress | None) -> None:
@@ -278,8 +315,8 @@ class LLM:
         while answer.num_tokens < len(request.token_ids) and not answer.stopped:
             answer.push()
         if answer.stopped:
-            self.engine.cancel(request, "stop")
             answer.cut()
+            self.engine.cancel(request, "stop")
 
     def _chosen(
         self, group: Sequence[Request], answers: Mapping[Request, Answer], params: SamplingParams
@@ -313,6 +350,13 @@ class LLM:
             prompt_logprobs=list(request.prompt_logprobs) if scored else None,
             choices=[choice],
         )
+
+
+def _shown(progress: Shown) -> AbstractContextManager[Progress | None]:
+    """What is told how far a list is."""
+    if progress is True:
+        return ProgressLine() if sys.stderr.isatty() else nullcontext()
+    return nullcontext(progress or None)
 
 
 def _is_list_of(value: Any, kinds: tuple[type, ...]) -> bool:

@@ -88,13 +88,16 @@ class LLM:
         context_len: int | None = None,
         kv_dtype: str = "float16",
         packed: str = "auto",
+        batch_invariant: bool = False,
         progress: Any = None,
     ) -> None:
-        EngineConfig(threads=threads, context_len=context_len, kv_dtype=kv_dtype, packed=packed)
+        options = {"kv_dtype": kv_dtype, "packed": packed, "batch_invariant": batch_invariant}
+        EngineConfig(threads=threads, context_len=context_len, **options)
         if model == "missing":
             raise SourceError("'missing' is no known model", "smollm2 is one")
         self.path, self.config, self.threads = Path("fake.gguf"), SimpleNamespace(name="fake"), threads or 1
-        self.kv_dtype, self._cached = kv_dtype, ""
+        self.kv_dtype, self.batch_invariant, self._cached = kv_dtype, batch_invariant, ""
+        self.context_len = context_len or 64
         self.made.append(self)
 
     def stream(self, prompt: str, params: SamplingParams) -> Stream:
@@ -112,3 +115,9 @@ class LLM:
 
     def close(self) -> None:
         pass
+
+    def save_cache(self, path: Path, prompt: Sequence[int]) -> int:
+        return path.write_bytes(bytes(prompt))
+
+    def load_cache(self, path: Path) -> int:
+        return len(path.read_bytes())

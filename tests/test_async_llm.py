@@ -248,3 +248,17 @@ def no_thread_is_left() -> Iterator[None]:
     yield
     names = [thread.name for thread in threading.enumerate()]
     assert names.count("headrace engine") == 0, before
+
+
+def test_a_beginning_is_saved_and_loaded_while_others_are_answered(path: Path, alone: list[str], tmp_path: Path) -> None:
+    async def main() -> None:
+        async with opened(path) as llm:
+            answers = asyncio.gather(*(llm.generate(prompt, PARAMS) for prompt in PROMPTS))
+            num_bytes = await llm.save_cache(tmp_path / "saved", "the water wheel turns")
+            assert num_bytes == (tmp_path / "saved").stat().st_size
+            assert await llm.load_cache(tmp_path / "saved") == len(llm.llm.tokenizer.encode("the water wheel turns"))
+            assert [completion.text for completion in await answers] == alone
+            with pytest.raises(HeadraceError, match="cannot be read"):
+                await llm.load_cache(tmp_path / "missing")
+
+    asyncio.run(main())

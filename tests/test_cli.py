@@ -216,6 +216,31 @@ def test_chat_commands() -> None:
     assert b"error: prompt: expected at most 3 tokens" in err and b"Traceback" not in err
 
 
+def test_a_prompt_cache_is_gone_on_from_and_kept(headrace: Headrace, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.cache"
+    first, second = (headrace("run", "two words", "--prompt-cache", str(file), "--json") for _ in range(2))
+    tokens = len("[<user>two words]") + 2
+    kept = f"{tokens} tokens kept in {file}, 0.0 MB"
+    assert kept in first.err and f"tokens from {file}" not in first.err
+    assert kept in second.err and f"{tokens} tokens from {file}" in second.err
+    assert headrace("run", "two words", "--prompt-cache", str(file), "--context-len", "8").code == 0
+    assert len(file.read_bytes()) == 7
+
+
+def test_a_conversation_is_kept_when_it_is_left(headrace: Headrace, tmp_path: Path) -> None:
+    file = tmp_path / "prompt.cache"
+    assert headrace("chat", "--prompt-cache", str(file), stdin=b"/exit\n").code == 0 and not file.exists()
+    ended = headrace("chat", "--prompt-cache", str(file), stdin=b"hi\nyou\n")
+    kept = len("[<user>hi<assistant>[<USER>HI]<user>you]") + 1
+    assert file.stat().st_size == kept and f"{kept} tokens kept" in ended.err
+
+
+def test_a_model_can_be_told_to_answer_the_same_in_any_company(headrace: Headrace) -> None:
+    for verb in (["run", "hi"], ["chat"]):
+        assert headrace(*verb, "--batch-invariant").code == 0 and fake_llm.LLM.made[-1].batch_invariant
+        assert headrace(*verb).code == 0 and not fake_llm.LLM.made[-1].batch_invariant
+
+
 def test_ctrl_c_in_chat_ends_the_answer_and_not_the_program() -> None:
     process = start("chat")
     assert process.stdin and process.stdout

@@ -26,15 +26,15 @@ LAYERS = (
     ("models",),
     ("weights", "text"),
     ("engine",),
-    ("completion",),
+    ("completion", "talk"),
     ("llm",),
     ("async_llm",),
     ("server",),
-    ("options", "talk"),
+    ("options",),
     ("verbs",),
     ("check",),
     ("bench",),
-    ("cli", "conversation", "doctor", "explained", "__main__"),
+    ("cli", "conversation", "doctor", "explained", "prompt_cache", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGES = {"kernels", "ops", "kv_cache", "compat", "models", "weights", "text", "engine", "server", "check", "bench"}

@@ -6,7 +6,8 @@ prompt that many share is computed once.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -65,7 +66,7 @@ class Engine:
         self._pace = Pace()
         self._made_of = (weights, config, engine, pool)
         self._embedder: Embedder | None = None  # recorded when it is first asked for
-        self._drawn_from: dict[Request, np.ndarray] = {}  # rows of the last step's logits
+        self._drawn_from: dict[Request, tuple[np.ndarray, int]] = {}  # rows of the last step, and tokens before it
 
     def again(self, **changes: Any) -> Engine:
         """Another engine on the same weights, with some options changed: no memory but that of its own cache."""
@@ -143,7 +144,7 @@ class Engine:
             tokens.append(mine)
             note_logprobs(logits[first:], request, mine)
             if mine:
-                self._drawn_from[request] = logits[first + len(mine) - 1]
+                self._drawn_from[request] = logits[first : first + len(mine)], len(request.token_ids)
             first += count
         return tokens
 
@@ -200,15 +201,52 @@ class Engine:
             sequence.forget(0, self.pool, self.page_size)
         return (total / len(checked) if pooling == "mean" else total).astype(np.float32)
 
+    @contextmanager
+    def cached(self, ids: Sequence[int]) -> Iterator[CachedSequence]:
+        """A text whose keys and values are all there, computed as far as they were not cached. Requests that run wait.
+
+        Raises CapacityError where the cache is too small for it, and what `request` raises.
+        """
+        request = self.request(ids, SamplingParams())
+        self.scheduler.hold(request)
+        self.runner.sampler.prepare([])
+        try:
+            while missing := request.ids[len(request.sequence.ids) :][: self.chunk_len]:
+                run_step(self.runner, self.pool, [NewTokens(request.sequence, missing, 0)])
+            yield request.sequence
+        finally:
+            self.scheduler.release(request)
+
+    def take_in(self, read: Callable[[Callable[[int], list[int]]], CachedSequence]) -> int:
+        """Makes a text findable that `read` brings on pages it asks for by their number of tokens; its length."""
+        taken = list[int]()
+
+        def allocate(num_tokens: int) -> list[int]:
+            count = pages_needed(num_tokens, self.page_size)
+            if not self.scheduler.make_room(count):
+                self.scheduler.preempt_all()
+                self.scheduler.make_room(count)
+            taken.extend(self.pool.allocate(count))
+            return list(taken)
+
+        try:
+            sequence, node = read(allocate), None
+            for i, page in enumerate(sequence.pages):
+                node = self.prefixes.insert(sequence.ids[i * self.page_size :][: self.page_size], page, node)
+        finally:
+            self.pool.free(taken)
+        return len(sequence.ids)
+
     def clear(self) -> None:
         """Drops all that is cached. Requests that run compute their text again."""
         self.scheduler.preempt_all()
         self.prefixes.clear()
 
     def _note_hash(self, request: Request) -> None:
-        row = self._drawn_from.get(request)
-        if row is not None:
-            request.logits_hash = logits_hash(row)
+        """That of the row its last token was drawn from; rows behind it were of guesses behind its end."""
+        if request in self._drawn_from:
+            rows, before = self._drawn_from[request]
+            request.logits_hash = logits_hash(rows[max(len(request.token_ids) - before - 1, 0)])
 
 
 def _new_tokens(part: Part) -> NewTokens:

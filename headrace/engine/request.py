@@ -39,6 +39,8 @@ class Request:
     guesses: list[int] = field(default_factory=list)  # of the tokens behind its text, for the next step
     num_guessed: int = 0
     num_accepted: int = 0
+    num_drafts: int = 0  # steps with guesses
+    accepted_at: list[int] = field(default_factory=list)  # guesses that were right, by their place in their step
     num_preemptions: int = 0
     reused_len: int = 0  # prompt tokens whose keys were in the cache already
     prefill_s: float = 0.0

@@ -61,7 +61,12 @@ class Scheduler:
         self._promised = 0  # pages that parts of the step being planned will take
 
     def add(self, request: Request) -> None:
-        """Queues a request. CapacityError when the whole cache could not hold its prompt and a token more."""
+        """Queues a request. Raises what `check_fits` raises."""
+        self.check_fits(request)
+        self.waiting.append(request)
+
+    def check_fits(self, request: Request) -> None:
+        """CapacityError when the whole cache could not hold its prompt and a token more."""
         needed = pages_needed(len(request.prompt_ids) + 1, self._page_size)
         if needed > self._pool.num_pages:
             raise CapacityError(
@@ -77,7 +82,7 @@ class Scheduler:
             self.remove(copy)
         if request in self.running:
             self.running.remove(request)
-            self._release(request)
+            self.release(request)
         elif request in self.waiting:
             self.waiting.remove(request)
 
@@ -126,12 +131,26 @@ class Scheduler:
                 self._start_copies(request)
             if request.finish_reason:
                 self.running.remove(request)
-                self._release(request)
+                self.release(request)
 
     def preempt_all(self) -> None:
         """Every running request gives its pages up and waits."""
         while self.running:
             self._preempt()
+
+    def hold(self, request: Request) -> None:
+        """Gives a request that is not to run the pages of its beginning, and makes room for the rest of its text.
+
+        If need be all that run give theirs up. `release` ends it. Raises what `check_fits` raises.
+        """
+        self.check_fits(request)
+        self._promised = 0
+        if not self._admit(request):
+            self.preempt_all()
+            admitted = self._admit(request)
+            assert admitted, "a text that fits found no room"
+        room = self.make_room(self._missing(request, request.pending_len))
+        assert room, "admitted without room"
 
     def make_room(self, num_pages: int) -> bool:
         """Whether so many pages are free, or have been made so at the expense of the prefix cache."""
@@ -149,7 +168,7 @@ class Scheduler:
 
     def _preempt(self) -> Request:
         request = self.running.pop()
-        self._release(request)
+        self.release(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.waiting.appendleft(request)
@@ -208,7 +227,8 @@ class Scheduler:
         sequence, parent = request.sequence, request.nodes[-1] if request.nodes else None
         return self._prefixes.insert(sequence.ids[first:end], sequence.pages[first // self._page_size], parent)
 
-    def _release(self, request: Request) -> None:
+    def release(self, request: Request) -> None:
+        """Takes a request's pages; what it computed stays findable until the room is needed."""
         self._publish(request)
         self._publish_end(request)
         request.sequence.forget(0, self._pool, self._page_size)

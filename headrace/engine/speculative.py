@@ -58,11 +58,11 @@ class Guesser:
         for part, drawn in zip(parts, tokens, strict=True):
             request = part.request
             if request.guesses and drawn and alone:
-                request.num_guessed += len(request.guesses)
-                request.num_accepted += len(drawn) - 1
+                right = len(drawn) - 1
+                _note(request, right)
                 self.num_guessed += len(request.guesses)
-                self.num_accepted += len(drawn) - 1
-                self._known[request][1].observe(len(drawn) - 1, seconds / alone)
+                self.num_accepted += right
+                self._known[request][1].observe(right, seconds / alone)
 
     def _allowed(self, request: Request) -> int:
         if not request.params.speculate or request.pending_len != 1 or request.edits.constraint:
@@ -75,6 +75,15 @@ class Guesser:
         if self._drafts and wanting:
             return self._drafts.guess([request for request, _ in wanting], max(most for _, most in wanting))
         return [self._known[request][0].guess(request.ids, most) for request, most in wanting]
+
+
+def _note(request: Request, right: int) -> None:
+    request.num_drafts += 1
+    request.num_guessed += len(request.guesses)
+    request.num_accepted += right
+    request.accepted_at += [0] * (right - len(request.accepted_at))
+    for place in range(right):
+        request.accepted_at[place] += 1
 
 
 class Lookup:

@@ -94,8 +94,11 @@ class Generation:
             metrics.prompt_tokens.labels(name).inc(len(request.prompt_ids))
             metrics.queries.labels(name).inc(len(request.prompt_ids))
             metrics.hits.labels(name).inc(request.reused_len)
+            metrics.drafts.labels(name).inc(request.num_drafts)
             metrics.guessed.labels(name).inc(request.num_guessed)
             metrics.accepted.labels(name).inc(request.num_accepted)
+            for place, count in enumerate(request.accepted_at):
+                metrics.accepted_at.labels(name, str(place)).inc(count)
             metrics.finished.labels(name, stream.finish_reason or "abort").inc()
         self.model.release()
 

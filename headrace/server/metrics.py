@@ -27,8 +27,12 @@ class Metrics:
         self.generation_tokens = self._counter("generation_tokens", "Tokens of answers.")
         self.queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
         self.hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
+        self.drafts = self._counter("spec_decode_num_drafts", "Times that tokens were guessed for an answer.")
         self.guessed = self._counter("spec_decode_num_draft_tokens", "Tokens guessed.")
         self.accepted = self._counter("spec_decode_num_accepted_tokens", "Guesses that were right.")
+        self.accepted_at = self._counter(
+            "spec_decode_num_accepted_tokens_per_pos", "Right guesses by their place.", "position"
+        )
         self.finished = self._counter("request_success", "Answers by how they ended.", "finished_reason")
         self.registry.register(_Gauges(models))
 

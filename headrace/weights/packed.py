@@ -32,6 +32,7 @@ from headrace.errors import CapacityError, HeadraceError, ModelFileError, Source
 from headrace.kernels.cpu import _native as native
 from headrace.machine import cache_dir, usable_cores
 from headrace.ops.linear import PackedWeight
+from headrace.weights.fingerprint import directory_hash
 from headrace.weights.gguf import GGUFFile, TensorInfo, open_gguf
 from headrace.weights.load import Matrices, Progress, load_config, pack_matrices
 from headrace.weights.sources import resolve
@@ -193,18 +194,7 @@ def _header(file: GGUFFile) -> bytes:
     source = os.fsencode(os.path.realpath(file.path))[:_MAX_PATH_BYTES]
     identity = file.identity
     numbers = (len(source), identity.num_bytes, identity.modified_ns, _total_bytes(file))
-    return _HEADER.pack(MAGIC, native.PACKED_LAYOUT, *numbers, _header_hash(file)) + source
-
-
-def _header_hash(file: GGUFFile) -> bytes:
-    """SHA-256 of everything before the first tensor: metadata, names, shapes, formats and places."""
-    left = min((info.offset for info in file.tensors.values()), default=0)
-    digest = hashlib.sha256()
-    with file.reading() as descriptor:
-        while left and (chunk := os.read(descriptor, min(left, PIECE_BYTES))):
-            digest.update(chunk)
-            left -= len(chunk)
-    return digest.digest()
+    return _HEADER.pack(MAGIC, native.PACKED_LAYOUT, *numbers, directory_hash(file)) + source
 
 
 def _packed_matrices(file: GGUFFile, pool: native.Pool, progress: Progress | None) -> Iterator[np.ndarray]:

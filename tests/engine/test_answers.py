@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from headrace import LLM, SamplingParams
+from headrace import LLM, SamplingParams, talk
 from headrace.check.fakes import TinyModel, write_tiny_model
 from headrace.engine.answers import answer_requests, likeliest
 from headrace.engine.logprobs import mean_logprob
@@ -81,6 +81,23 @@ def test_a_list_of_prompts_is_answered_as_each_of_them_alone(tiny: Open) -> None
     assert [c.text for c in llm.generate(["a b", "c"], SAMPLED)] == [
         llm.generate(p, SAMPLED).text for p in ("a b", "c")
     ]
+
+
+def test_a_list_shows_how_far_it_is_on_a_terminal_alone(
+    tiny: Open, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    llm = tiny()
+    monkeypatch.setattr(talk, "_QUIET_S", 0.0)
+    monkeypatch.setattr(talk, "_TERMINAL_PERIOD_S", 0.0)
+    llm.generate(PROMPTS, SAMPLED)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(talk.sys.stderr, "isatty", lambda: True)
+    llm.generate(PROMPTS, SAMPLED, progress=False)
+    llm.generate(PROMPTS[0], SAMPLED)
+    assert capsys.readouterr() == ("", "")
+    llm.generate(PROMPTS, SAMPLED)
+    out, err = capsys.readouterr()
+    assert out == "" and "\ranswering 0%" in err and "\ranswering 100%" in err and err.endswith(" \r")
 
 
 def test_a_stop_string_ends_one_answer_alone(tiny: Open) -> None:

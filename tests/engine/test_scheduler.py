@@ -54,7 +54,9 @@ class Model:
     def step(self, prompt_tokens: int = 2, guess: Callable[[Request], list[int]] = lambda request: []) -> list[Part]:
         for each in self.scheduler.running:
             each.guesses = guess(each) if each.pending_len == 1 else []
+        before = list(self.scheduler.running)
         parts = self.scheduler.plan(prompt_tokens)
+        self.check_fair(before, parts)
         assert sum(part.count for part in parts) <= self.step_tokens and len(parts) <= self.step_requests
         assert len({part.request for part in parts}) == len(parts)
         assert sum(part.num_outputs for part in parts) <= self.most_outputs
@@ -64,6 +66,15 @@ class Model:
         self.scheduler.commit(parts, [drawn(part) for part in parts])
         self.check()
         return parts
+
+    def check_fair(self, before: list[Request], parts: list[Part]) -> None:
+        """Only the newest make room, and the oldest gets on in every step."""
+        kept = [each for each in before if each in self.scheduler.running]
+        assert kept == before[: len(kept)] == self.scheduler.running[: len(kept)]
+        if before:
+            assert parts[0].request is before[0]
+        elif self.scheduler.waiting:
+            assert parts
 
     def compute(self, part: Part) -> None:
         sequence, ids = part.request.sequence, part.request.ids
@@ -138,6 +149,7 @@ arrivals = st.lists(
         st.integers(0, 5),  # steps before the next one comes
         st.sampled_from(["stay", "stay", "stay", "leave"]),
         st.booleans(),  # whether every token of its prompt has to give logits
+        st.integers(0, 2),  # more answers to the same prompt
     ),
     max_size=12,
 )
@@ -146,18 +158,25 @@ arrivals = st.lists(
 @settings(max_examples=300, deadline=None)
 @given(arrivals, st.integers(8, 14), st.integers(1, 8), st.integers(1, 4), st.integers(0, 3))
 def test_every_request_ends_with_its_own_tokens_and_no_page_is_lost(
-    arrivals: list[tuple[list[int], int, int, str, bool]], num_pages: int, step_tokens: int, requests: int, ahead: int
+    arrivals: list[tuple[list[int], int, int, str, bool, int]],
+    num_pages: int,
+    step_tokens: int,
+    requests: int,
+    ahead: int,
 ) -> None:
     model = Model(num_pages, max(step_tokens, requests * (1 + ahead)), requests, requests * (1 + ahead))
     added = list[Request]()
-    for prompt, max_tokens, steps, fate, scores in arrivals:
-        added.append(request(prompt, max_tokens, scores=scores))
-        model.scheduler.add(added[-1])
+    for prompt, max_tokens, steps, fate, scores, more in arrivals:
+        first = request(prompt, max_tokens, scores=scores)
+        first.copies = [request(prompt, max_tokens) for _ in range(more)]
+        added += [first, *first.copies]
+        model.scheduler.add(first)
         for _ in range(steps):
             model.step(2, guesses(ahead))
         if fate == "leave":
-            added[-1].finish_reason = added[-1].finish_reason or "cancelled"
-            model.scheduler.remove(added[-1])
+            for each in (first, *first.copies):
+                each.finish_reason = each.finish_reason or "cancelled"
+            model.scheduler.remove(first)
             model.check()
     for _ in range(4000):
         if not model.step(2, guesses(ahead)):

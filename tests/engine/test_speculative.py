@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 
 from headrace import LLM, SamplingParams
 from headrace.check.fakes import TinyModel, write_tiny_model
+from headrace.engine.pace import Pace
 from headrace.engine.request import Request
 from headrace.engine.speculative import Lookup, Trust, num_accepted
+from headrace.ops.sampling import reference
 from headrace.token_rules import TokenRules
 
 CHANCE = np.random.default_rng(9)
@@ -95,6 +98,8 @@ def test_an_answer_ends_where_it_would_have_ended(tiny: Open) -> None:
     )
     assert list(llm.engine.run(request)) == plain.token_ids[: plain.token_ids.index(end) + 1]
     assert request.finish_reason == "stop"
+    alone = llm.engine.request(PROMPTS[0], replace(GREEDY, ignore_eos=False), TokenRules(frozenset([end])))
+    assert list(llm.engine.run(alone)) == request.token_ids and alone.logits_hash == request.logits_hash
 
 
 def test_a_draft_model_guesses_what_it_would_draw(tmp_path: Any) -> None:
@@ -106,6 +111,65 @@ def test_a_draft_model_guesses_what_it_would_draw(tmp_path: Any) -> None:
         guessed = answers(llm, replace(WAYS[way], speculate=3), PROMPTS)
         assert [r.token_ids for r in guessed] == [plain.generate(p, WAYS[way]).token_ids for p in PROMPTS]
         assert all(r.num_accepted == r.num_guessed for r in guessed) == (draft == same)
+
+
+class Likeliest:
+    """Guesses what is likeliest behind an answer, out of a table."""
+
+    def __init__(self, table: dict[tuple[int, ...], int]) -> None:
+        self.table = table
+
+    def guess(self, requests: Sequence[Request], most: int) -> list[list[int]]:
+        return [self._one(tuple(request.token_ids), most) for request in requests]
+
+    def _one(self, answer: tuple[int, ...], most: int) -> list[int]:
+        guesses = list[int]()
+        while len(guesses) < most:
+            guesses.append(self.table[(*answer, *guesses)])
+        return guesses
+
+
+def answers_of_three(llm: LLM, params: SamplingParams) -> dict[tuple[int, ...], float]:
+    """Every beginning of an answer of three tokens, and how likely the model makes it."""
+    found: dict[tuple[int, ...], float] = {(): 1.0}
+    for answer in found_ahead(found, 3):
+        probabilities = reference(llm.logits([*PROMPTS[0], *answer])[-1], params)
+        for token in np.flatnonzero(probabilities):
+            found[(*answer, int(token))] = found[answer] * probabilities[token]
+    return found
+
+
+def found_ahead(found: dict[tuple[int, ...], float], length: int) -> Iterator[tuple[int, ...]]:
+    """All answers shorter than that, those included that are found while it goes."""
+    for shorter in range(length):
+        yield from [answer for answer in found if len(answer) == shorter]
+
+
+def test_guesses_leave_the_distribution_as_it_is(tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chi-square of whole answers whose tokens are all verified guesses, but for the first."""
+    monkeypatch.setattr(Trust, "allowed", lambda trust: trust.most)
+    monkeypatch.setattr(Pace, "step_s", lambda pace, answers: 1.0)
+    llm, count = tiny(max_requests=16), 4000
+    params = SamplingParams(max_tokens=3, temperature=4.0, top_k=3, ignore_eos=True, speculate=2)
+    found, flatter = (answers_of_three(llm, replace(params, temperature=t)) for t in (4.0, 4.8))
+    following = {answer[:-1]: int(answer[-1]) for answer in sorted(found, key=found.__getitem__) if answer}
+    llm.engine.guesser._drafts = Likeliest(following)
+    requests = [llm.engine.request(PROMPTS[0], replace(params, seed=seed)) for seed in range(count)]
+    for request in requests:
+        llm.engine.add(request)
+    while llm.engine.has_work:
+        llm.engine.step()
+    drawn = Counter(tuple(request.token_ids) for request in requests)
+    whole = [answer for answer in found if len(answer) == 3]
+    assert set(drawn) <= set(whole) and 0 < llm.engine.guesser.num_accepted < llm.engine.guesser.num_guessed
+    right, wrong = (
+        sum((drawn[answer] - count * table[answer]) ** 2 / (count * table[answer]) for answer in whole)
+        for table in (found, flatter)
+    )
+    freedom = len(whole) - 1  # the mean; the variance is twice that
+    assert len(whole) == 27 and right < freedom + 4 * np.sqrt(2 * freedom) < wrong
+    for request in requests:
+        assert request.num_accepted == sum(request.accepted_at) and request.num_drafts <= 2
 
 
 def test_a_draft_model_must_have_the_same_tokens(tmp_path: Any) -> None:

@@ -267,3 +267,16 @@ def test_a_file_shorter_than_promised_is_not_mapped(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(4095))
     with (tmp_path / "file").open("rb") as file, pytest.raises(ModelFileError, match="the file has 4095"):
         native.MappedFile(file.fileno(), 4096)
+
+
+def test_a_draft_model_is_mapped_as_the_model_is(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft = write_tiny_model(tmp_path / "draft.gguf", TinyModel(seed=4))
+    packed_once(model)
+    with pytest.raises(SourceError, match="draft.gguf: not packed"):
+        LLM(model, draft_model=draft, threads=2, packed="require")
+    packed_once(draft)
+    forbid_packing(monkeypatch)
+    LLM(model, draft_model=draft, threads=2, packed="require")
+    LLM(model, draft_model=draft, threads=2)
