@@ -1,5 +1,5 @@
 // Where top-k and top-p cut a row: the search for a border in a row that is never sorted.
-// Counting, eleven bits of the order at a time (three levels), so the time does not depend on what the row looks like.
+// Counting, eleven bits of the order at a time (three levels), among places of the row that the border is certainly one of.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -36,24 +36,20 @@ inline float value_of(uint32_t order) {
 
 class BorderSearch {
  public:
+  // For so many places.
   static int64_t scratch_bytes(int64_t n) { return 2 * kBuckets * static_cast<int64_t>(sizeof(Bucket)) + n * 4; }
 
-  BorderSearch(const float* x, const float* weights, int64_t n, char* scratch)
-      : x_(x), weights_(weights), n_(n), all_(reinterpret_cast<Bucket*>(scratch)), part_(all_ + kBuckets),
+  // places: rising, of the largest of the row.
+  BorderSearch(const float* x, const float* weights, const int32_t* places, int64_t n, char* scratch)
+      : x_(x), weights_(weights), places_(places), n_(n), all_(reinterpret_cast<Bucket*>(scratch)), part_(all_ + kBuckets),
         ids_(reinterpret_cast<int32_t*>(part_ + kBuckets)) {
     clear(all_, kBuckets);
-    for (int64_t i = 0; i < n_; ++i) all_[order_of(x_[i]) >> kTopShift].take(weights_[i]);
-  }
-
-  double total() const {
-    double sum = 0;
-    for (int b = 0; b < kBuckets; ++b) sum += all_[b].weight;
-    return sum;
+    for (int64_t j = 0; j < n_; ++j) all_[order_of(x_[places_[j]]) >> kTopShift].take(weights_[places_[j]]);
   }
 
   // The shortest beginning with `count` logits or with `weight`, whichever comes first; everything if neither is reached.
   Border find(int64_t count, double weight) {
-    Above above;
+    Passed above;
     uint32_t prefix = descend(all_, kBuckets, count, weight, &above);
     int64_t candidates = gather(prefix);
     for (int shift = kTopShift; shift > 0 && !all_equal(candidates);) {
@@ -76,7 +72,7 @@ class BorderSearch {
       weight += static_cast<double>(w);
     }
   };
-  struct Above {
+  struct Passed {
     int64_t count = 0;
     double weight = 0;
   };
@@ -84,7 +80,7 @@ class BorderSearch {
   static void clear(Bucket* buckets, int n) { memset(static_cast<void*>(buckets), 0, sizeof(Bucket) * static_cast<size_t>(n)); }
 
   // From the highest bucket down to the one that reaches a limit, or to the lowest that holds anything.
-  static uint32_t descend(const Bucket* buckets, int n, int64_t count, double weight, Above* above) {
+  static uint32_t descend(const Bucket* buckets, int n, int64_t count, double weight, Passed* above) {
     int lowest = 0;
     while (!buckets[lowest].count) ++lowest;
     int b = n - 1;
@@ -98,9 +94,9 @@ class BorderSearch {
 
   int64_t gather(uint32_t prefix) {
     int64_t m = 0;
-    for (int64_t i = 0; i < n_; ++i) {
-      ids_[m] = static_cast<int32_t>(i);
-      m += order_of(x_[i]) >> kTopShift == prefix;
+    for (int64_t j = 0; j < n_; ++j) {
+      ids_[m] = places_[j];
+      m += order_of(x_[places_[j]]) >> kTopShift == prefix;
     }
     return m;
   }
@@ -125,7 +121,7 @@ class BorderSearch {
     return m;
   }
 
-  Border among_equals(int64_t candidates, int64_t count, double weight, const Above& above) const {
+  Border among_equals(int64_t candidates, int64_t count, double weight, const Passed& above) const {
     const double each = static_cast<double>(weights_[ids_[0]]);
     int64_t ties = candidates;
     if (count - above.count < ties) ties = count - above.count;
@@ -138,6 +134,7 @@ class BorderSearch {
 
   const float* x_;
   const float* weights_;
+  const int32_t* places_;
   const int64_t n_;
   Bucket *all_, *part_;
   int32_t* ids_;

@@ -58,6 +58,12 @@ struct Peak {
 };
 constexpr int64_t kSampleBlock = 1024;  // logits that share a partial sum
 
+// How many of a row are at least some value, and their weight.
+struct Above {
+  int64_t count;
+  double weight;
+};
+
 // 32 tokens times a strip of 32 weight rows, both as bf16 with or without their low parts.
 constexpr int kStripTokens = 32;
 struct StripArgs {
@@ -87,6 +93,9 @@ struct Kernels {
   Peak (*find_peak)(const float* x, int64_t n);
   void (*weigh)(const float* x, int64_t n, float peak, float temperature, float* weights, double* block_sums);
   void (*keep_heavy)(const float* x, int64_t n, float lowest, float lightest, float* weights, double* block_sums);
+  void (*typical_keys)(const float* x, int64_t n, float peak, float temperature, const float* weights, float* keys);
+  Above (*measure_above)(const float* x, const float* weights, int64_t n, float lowest);
+  int64_t (*gather_above)(const float* x, int64_t n, float lowest, int32_t* ids);
   // pages and attention (append.h, attention_decode.h, attention_prefill.h)
   bool (*append_heads)(const AppendArgs& args);
   void (*convert_row)(const float* x, void* y, DType type, int64_t n);

@@ -90,19 +90,11 @@ int64_t draw_token(const float* weights, const double* block_sums, int64_t n, do
   return token;
 }
 
-// Keys whose falling order is that of rising distance from the mean logarithm of the weights; -inf where there is none.
-void typical_keys(const float* x, float peak, float temperature, const float* weights, int64_t n, float* keys) {
-  double total = 0, mean = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    keys[i] = (x[i] - peak) / temperature;
-    if (!(weights[i] > 0)) continue;
-    total += static_cast<double>(weights[i]);
-    mean += static_cast<double>(weights[i]) * static_cast<double>(keys[i]);
-  }
-  mean /= total;
-  for (int64_t i = 0; i < n; ++i)
-    keys[i] = weights[i] > 0 ? -std::fabs(static_cast<float>(static_cast<double>(keys[i]) - mean)) : -INFINITY;
-}
+// How far from the peak a border is looked for at first, in logarithms of weights, and how often twice as far.
+constexpr float kFirstReach = 4.0f, kFirstDistance = 1.0f;
+constexpr int kReaches = 3;
+constexpr int64_t kFewOf = 4;  // a quarter of a row is not few
+constexpr double kSurely = 1 - 1e-5;
 
 int64_t padded(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
 
@@ -121,7 +113,7 @@ class Sample : public Op {
     if (integers_->row_as<int64_t>(row)[2] < 0) return;
     const int64_t n = logits_->cols(), blocks = (n + kSampleBlock - 1) / kSampleBlock;
     const int64_t floats = padded(n * 4), sums = padded(blocks * 8);
-    char* scratch = worker.scratch(2 * floats + sums + BorderSearch::scratch_bytes(n));
+    char* scratch = worker.scratch(2 * floats + sums + padded((n + 1) * 4) + BorderSearch::scratch_bytes(n + 1));
     const RowSettings s = read_settings(*reals_, *integers_, row);
     const float* x = penalized_row(s, row, reinterpret_cast<float*>(scratch));
     Peak peak = kernels_.find_peak(x, n);
@@ -131,10 +123,10 @@ class Sample : public Op {
       auto* weights = reinterpret_cast<float*>(scratch + floats);
       auto* block_sums = reinterpret_cast<double*>(scratch + 2 * floats);
       kernels_.weigh(x, n, peak.value, static_cast<float>(s.temperature), weights, block_sums);
-      filter(s, x, weights, block_sums, scratch + 2 * floats + sums);
+      filter(s, x, peak.value, weights, block_sums, scratch + 2 * floats + sums);
       if (s.typical_p < 1) {
         auto* keys = reinterpret_cast<float*>(scratch);  // x may be there too: a key is written where its logit was
-        typical_keys(x, peak.value, static_cast<float>(s.temperature), weights, n, keys);
+        kernels_.typical_keys(x, n, peak.value, static_cast<float>(s.temperature), weights, keys);
         keep_typical(s.typical_p, keys, weights, block_sums, scratch + 2 * floats + sums);
       }
       token = draw_token(weights, block_sums, n, uniform(static_cast<uint64_t>(s.seed), static_cast<uint64_t>(s.draw)));
@@ -152,14 +144,15 @@ class Sample : public Op {
     return copy;
   }
 
-  void filter(const RowSettings& s, const float* x, float* weights, double* block_sums, char* scratch) const {
+  void filter(const RowSettings& s, const float* x, float peak, float* weights, double* block_sums, char* scratch) const {
     const int64_t n = logits_->cols();
     const bool some = s.top_k > 0 && s.top_k < n;
     if (!some && s.top_p >= 1 && s.min_p <= 0) return;
     Border border;
     if (some || s.top_p < 1) {
-      BorderSearch search(x, weights, n, scratch);
-      double within = search.total();
+      double within = total_of(block_sums);
+      const Wanted wanted{some ? s.top_k : INT64_MAX, some ? INFINITY : s.top_p * within};
+      BorderSearch search = search_among(x, weights, peak, static_cast<float>(s.temperature) * kFirstReach, wanted, scratch);
       if (some) {
         border = search.find(s.top_k, INFINITY);
         within = border.weight;
@@ -172,10 +165,39 @@ class Sample : public Op {
 
   void keep_typical(double typical_p, const float* keys, float* weights, double* block_sums, char* scratch) const {
     const int64_t n = logits_->cols();
-    BorderSearch search(keys, weights, n, scratch);
-    Border border = search.find(INT64_MAX, typical_p * search.total());
+    const double limit = typical_p * total_of(block_sums);
+    BorderSearch search = search_among(keys, weights, 0, kFirstDistance, {INT64_MAX, limit}, scratch);
+    Border border = search.find(INT64_MAX, limit);
     if (border.ties != INT64_MAX) drop_surplus(border, keys, weights, n);
     kernels_.keep_heavy(keys, n, border.lowest, 0.0f, weights, block_sums);
+  }
+
+  double total_of(const double* block_sums) const {
+    double total = 0;
+    for (int64_t b = 0; b < (logits_->cols() + kSampleBlock - 1) / kSampleBlock; ++b) total += block_sums[b];
+    return total;
+  }
+
+  // What a border is looked for with: the first of the two that is reached.
+  struct Wanted {
+    int64_t count;
+    double weight;
+  };
+
+  // A search among the few that are near enough to the peak to hold the border, or among all where those are many.
+  BorderSearch search_among(const float* x, const float* weights, float peak, float reach, Wanted wanted, char* scratch) const {
+    const int64_t n = logits_->cols();
+    auto* places = reinterpret_cast<int32_t*>(scratch);
+    float lowest = -INFINITY;
+    for (int tries = 0; tries < kReaches; ++tries, reach *= 2) {
+      Above above = kernels_.measure_above(x, weights, n, peak - reach);
+      // NOTE: sums in another order than the search's: what is reached only just here might not be there.
+      bool enough = above.count >= wanted.count || above.weight * kSurely >= wanted.weight;
+      if (enough) lowest = peak - reach;
+      if (enough || above.count > n / kFewOf) break;
+    }
+    int64_t found = kernels_.gather_above(x, n, lowest, places);
+    return {x, weights, places, found, scratch + padded((n + 1) * 4)};
   }
 
   static void drop_surplus(const Border& border, const float* x, float* weights, int64_t n) {

@@ -2,6 +2,8 @@
 // A weight is e^((x - peak) / temperature). Blocks of kSampleBlock keep partial sums, so that a draw looks into one block.
 // Wins: always. Schedule: 16 lanes across the row; the peak's place is looked up afterwards, inside one block.
 #pragma once
+#include <cmath>
+
 #include "elements.h"
 #include "kernels.h"
 
@@ -103,6 +105,84 @@ static void keep_heavy(const float* x, int64_t n, float lowest, float lightest, 
     }
     block_sums[start / kSampleBlock] = sum_of_lanes(total) + rest;
   }
+}
+
+constexpr int64_t kGroup = 4 * kLanes;  // that a pass adds up, or leaves alone, together
+
+static inline float log_weight(float x, float peak, float temperature) { return (x - peak) / temperature; }
+
+// Keys whose falling order is that of rising distance from the mean logarithm of the weights; -inf where there is none.
+// Logits and keys may be the same row.
+static void typical_keys(const float* x, int64_t n, float peak, float temperature, const float* weights, float* keys) {
+  const Floats top = broadcast(peak), scale = broadcast(temperature), none = broadcast(-INFINITY);
+  double total = 0, moment = 0;
+  int64_t i = 0;
+  for (; i + kGroup <= n; i += kGroup) {
+    Floats weight = zero(), moments = zero();
+    for (int64_t j = i; j < i + kGroup; j += kLanes) {
+      Floats w = load(weights + j), key = div(sub(load(x + j), top), scale);
+      store(keys + j, key);
+      weight = add(weight, w);
+      moments = add(moments, select_less(zero(), w, mul(w, key), zero()));
+    }
+    total += sum_of_lanes(weight);
+    moment += sum_of_lanes(moments);
+  }
+  for (int64_t j = i; j < n; ++j) {
+    keys[j] = log_weight(x[j], peak, temperature);
+    if (!(weights[j] > 0)) continue;
+    total += static_cast<double>(weights[j]);
+    moment += static_cast<double>(weights[j]) * static_cast<double>(keys[j]);
+  }
+  // In two parts, so that no more is lost than by one rounding.
+  const double mean = moment / total;
+  const float high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
+  for (i = 0; i + kLanes <= n; i += kLanes) {
+    Floats distance = absolute(sub(sub(load(keys + i), broadcast(high)), broadcast(low)));
+    store(keys + i, select_less(zero(), load(weights + i), sub(zero(), distance), none));
+  }
+  for (; i < n; ++i) keys[i] = weights[i] > 0 ? -std::fabs(keys[i] - high - low) : -INFINITY;
+}
+
+static Above measure_above(const float* x, const float* weights, int64_t n, float lowest) {
+  const Floats low = broadcast(lowest), one = broadcast(1.0f);
+  Above above{0, 0};
+  for (int64_t start = 0; start < n; start += kSampleBlock) {
+    int64_t end = n - start < kSampleBlock ? n : start + kSampleBlock;
+    Floats weight = zero(), count = zero();
+    int64_t i = start;
+    for (; i + kLanes <= end; i += kLanes) {
+      Floats a = load(x + i);
+      weight = add(weight, select_less(a, low, zero(), load(weights + i)));
+      count = add(count, select_less(a, low, zero(), one));
+    }
+    above.weight += sum_of_lanes(weight);
+    above.count += static_cast<int64_t>(sum_of_lanes(count));
+    for (; i < end; ++i) {
+      if (x[i] < lowest) continue;
+      above.weight += static_cast<double>(weights[i]);
+      ++above.count;
+    }
+  }
+  return above;
+}
+
+// The places of what is at least `lowest`, rising; their number. Most groups have none. NOTE: one place more is written.
+static int64_t gather_above(const float* x, int64_t n, float lowest, int32_t* ids) {
+  int64_t m = 0, i = 0;
+  auto take = [&](int64_t end) {
+    for (; i < end; ++i) {
+      ids[m] = static_cast<int32_t>(i);
+      m += x[i] >= lowest;
+    }
+  };
+  while (i + kGroup <= n) {
+    Floats most = maximum(maximum(load(x + i), load(x + i + kLanes)), maximum(load(x + i + 2 * kLanes), load(x + i + 3 * kLanes)));
+    if (largest(most) < lowest) i += kGroup;
+    else take(i + kGroup);
+  }
+  take(n);
+  return m;
 }
 
 }  // namespace HEADRACE_ISA
