@@ -200,9 +200,7 @@ class LLM:
         self, messages: Sequence[Conversation], params: Params = None, *, progress: Shown = True
     ) -> list[Completion]: ...
 
-    def chat(
-        self, messages: Any, params: Params = None, *, progress: Shown = True
-    ) -> Completion | list[Completion]:
+    def chat(self, messages: Any, params: Params = None, *, progress: Shown = True) -> Completion | list[Completion]:
         """The assistant's answer to a conversation: [{"role": "user", "content": "hi"}]; or to each of a list of them.
 
         Lists, params and progress are as in `generate`.
@@ -247,9 +245,7 @@ class LLM:
         model is batch-invariant; ModelFileError for one that is damaged, CapacityError where it has no room.
         """
         limits = Limits(self.context_len, self.config.vocab_size)
-        return self.engine.take_in(
-            partial(read_prefix, Path(path), self.engine.runner.storage, self._origin, limits)
-        )
+        return self.engine.take_in(partial(read_prefix, Path(path), self.engine.runner.storage, self._origin, limits))
 
     @cached_property
     def _origin(self) -> Origin:

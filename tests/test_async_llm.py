@@ -250,7 +250,9 @@ def no_thread_is_left() -> Iterator[None]:
     assert names.count("headrace engine") == 0, before
 
 
-def test_a_beginning_is_saved_and_loaded_while_others_are_answered(path: Path, alone: list[str], tmp_path: Path) -> None:
+def test_a_beginning_is_saved_and_loaded_while_others_are_answered(
+    path: Path, alone: list[str], tmp_path: Path
+) -> None:
     async def main() -> None:
         async with opened(path) as llm:
             answers = asyncio.gather(*(llm.generate(prompt, PARAMS) for prompt in PROMPTS))

@@ -10,8 +10,8 @@ in the cache. Pages are no part of it, so caches with pages of any size can read
 only when it is whole, and is readable by its owner alone: what was said can be read from it.
 
 Nothing in a file is believed: its size must be the one that its header asks for, tokens must be of the vocabulary,
-numbers finite, the digest right, and until all of that is known nobody can find what it brings. NOTE: who can write such
-a file can still choose what a model makes of that beginning; take files only from where you would take models.
+numbers finite, the digest right, and until all of that is known nobody can find what it brings. NOTE: who can write
+such a file can still choose what a model makes of that beginning; take files only from where you would take models.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NAMES = ("keys", "values", "key_scales", "value_scales")
 class Origin:
     """What keys and values were computed with.
 
-    model: a fingerprint. kv_dtype: as in `EngineConfig`. bits: of a batch-invariant engine, whose bits they are, release
+    model: a fingerprint. kv_dtype: as in `EngineConfig`. bits: of a batch-invariant engine, whose they are, release
     and instruction set; empty for any other, which does not mind.
     """
 
@@ -65,7 +65,7 @@ def write_prefix(path: Path, sequence: CachedSequence, storage: Storage, origin:
     """Keeps what is cached of a sequence; the file's bytes. Raises CapacityError and ArgumentError as `whole_file`."""
     digest, num_bytes = _digest(), 0
 
-    def put(data: bytes | np.ndarray) -> None:
+    def put(data: bytes | memoryview) -> None:
         nonlocal num_bytes
         digest.update(data)
         num_bytes += out.write(data)
@@ -74,9 +74,9 @@ def write_prefix(path: Path, sequence: CachedSequence, storage: Storage, origin:
         os.fchmod(out.fileno(), 0o600)
         names = (origin.kv_dtype.encode(), origin.bits.encode(), origin.model)
         put(_HEADER.pack(MAGIC, FORMAT, len(sequence.ids), *names))
-        put(np.array(sequence.ids, "<i4").view(np.uint8))
+        put(np.array(sequence.ids, "<i4").view(np.uint8).data)
         for pages in _parts(storage):
-            put(_gathered(pages, sequence))
+            put(_gathered(pages, sequence).data)
         num_bytes += out.write(digest.digest())
     return num_bytes
 
@@ -99,7 +99,7 @@ def read_prefix(
         for pages in _parts(storage):
             rows = np.empty((count, *pages.shape[2:]), pages.dtype)
             _read_into(path, file, rows)
-            digest.update(rows.view(np.uint8).reshape(-1))
+            digest.update(rows.view(np.uint8).reshape(-1).data)
             if not _finite(rows):
                 raise _damaged(path, "numbers that are not finite")
             _scatter(rows, pages, sequence.pages)
@@ -190,7 +190,7 @@ def _check_size(path: Path, file: BinaryIO, count: int, storage: Storage) -> Non
 def _token_ids(path: Path, file: BinaryIO, digest: hashlib.blake2b, count: int, limits: Limits) -> list[int]:
     ids = np.empty(count, "<i4")
     _read_into(path, file, ids)
-    digest.update(ids.view(np.uint8))
+    digest.update(ids.view(np.uint8).data)
     if ids.min() < 0 or ids.max() >= limits.vocabulary:
         raise _damaged(path, "tokens that are not in the vocabulary")
     return [int(i) for i in ids]

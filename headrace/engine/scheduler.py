@@ -74,7 +74,6 @@ class Scheduler:
                 f"the cache has {self._pool.num_pages}",
                 "a shorter prompt, or more memory for the cache",
             )
-        self.waiting.append(request)
 
     def remove(self, request: Request) -> None:
         """Takes a request out, wherever it is; what it computed stays findable, and its copies go with it."""

@@ -1,4 +1,4 @@
-"""batch_invariant: an answer is the same bit for bit alone and in any company, however it was cut, cached or guessed."""
+"""batch_invariant: an answer is the same bit for bit alone and in any company, however it was cut, cached, guessed."""
 
 from __future__ import annotations
 

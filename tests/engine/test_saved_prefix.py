@@ -222,7 +222,16 @@ def test_what_is_no_file_is_refused(tiny: Open, tmp_path: Path) -> None:
 
 def test_a_file_that_was_cut_short_or_goes_on_is_refused(tiny: Open, saved: Path, tmp_path: Path) -> None:
     data, file = saved.read_bytes(), tmp_path / "cut"
-    for length in (0, 7, 8, HEADER_BYTES - 1, HEADER_BYTES, HEADER_BYTES + 600, len(data) - DIGEST_BYTES, len(data) - 1):
+    for length in (
+        0,
+        7,
+        8,
+        HEADER_BYTES - 1,
+        HEADER_BYTES,
+        HEADER_BYTES + 600,
+        len(data) - DIGEST_BYTES,
+        len(data) - 1,
+    ):
         file.write_bytes(data[:length])
         refused(tiny, file, ModelFileError, "not a saved cache" if length < 8 else "a damaged saved cache")
     file.write_bytes(data + b"\0")

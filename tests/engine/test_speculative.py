@@ -146,12 +146,12 @@ def found_ahead(found: dict[tuple[int, ...], float], length: int) -> Iterator[tu
 
 
 def test_guesses_leave_the_distribution_as_it_is(tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chi-square of whole answers whose tokens are all verified guesses, but for the first."""
+    """Chi-square of whole answers; it notices when one guess in ten is accepted unseen."""
     monkeypatch.setattr(Trust, "allowed", lambda trust: trust.most)
     monkeypatch.setattr(Pace, "step_s", lambda pace, answers: 1.0)
     llm, count = tiny(max_requests=16), 4000
     params = SamplingParams(max_tokens=3, temperature=4.0, top_k=3, ignore_eos=True, speculate=2)
-    found, flatter = (answers_of_three(llm, replace(params, temperature=t)) for t in (4.0, 4.8))
+    found = answers_of_three(llm, params)
     following = {answer[:-1]: int(answer[-1]) for answer in sorted(found, key=found.__getitem__) if answer}
     llm.engine.guesser._drafts = Likeliest(following)
     requests = [llm.engine.request(PROMPTS[0], replace(params, seed=seed)) for seed in range(count)]
@@ -161,10 +161,12 @@ def test_guesses_leave_the_distribution_as_it_is(tiny: Open, monkeypatch: pytest
         llm.engine.step()
     drawn = Counter(tuple(request.token_ids) for request in requests)
     whole = [answer for answer in found if len(answer) == 3]
+    unseen = {a: found[a] / found[a[:2]] * found[a[:1]] * (a[1] == following[a[:1]]) for a in whole}
+    faulty = {answer: 0.9 * found[answer] + 0.1 * unseen[answer] for answer in whole}
     assert set(drawn) <= set(whole) and 0 < llm.engine.guesser.num_accepted < llm.engine.guesser.num_guessed
     right, wrong = (
         sum((drawn[answer] - count * table[answer]) ** 2 / (count * table[answer]) for answer in whole)
-        for table in (found, flatter)
+        for table in (found, faulty)
     )
     freedom = len(whole) - 1  # the mean; the variance is twice that
     assert len(whole) == 27 and right < freedom + 4 * np.sqrt(2 * freedom) < wrong

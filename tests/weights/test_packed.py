@@ -269,9 +269,7 @@ def test_a_file_shorter_than_promised_is_not_mapped(tmp_path: Path) -> None:
         native.MappedFile(file.fileno(), 4096)
 
 
-def test_a_draft_model_is_mapped_as_the_model_is(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_draft_model_is_mapped_as_the_model_is(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draft = write_tiny_model(tmp_path / "draft.gguf", TinyModel(seed=4))
     packed_once(model)
     with pytest.raises(SourceError, match="draft.gguf: not packed"):
