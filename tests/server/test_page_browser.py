@@ -367,7 +367,7 @@ def test_a_real_model_answers(open_page: Any, process: Any) -> None:
     began = time.monotonic()
     ask(page, "A mill <b>needs</b> water.")
     assert time.monotonic() - began < 30
-    assert "tokens/s" in page.text(".assistant .note")
+    assert "tokens/s" in page.text(".assistant .foot") and "48 tokens" in page.text(".assistant .foot")
     words = page.evaluate(
         "JSON.parse(localStorage[Object.keys(localStorage).find(k => k.includes('conversation.'))]).messages"
     )

@@ -74,6 +74,7 @@ export class Thread {
     Object.assign(this, { list, scroller, toEnd, actions });
     this.turns = [];
     this.isAtEnd = true;
+    this.top = 0; // where following the end has last scrolled to
     scroller.addEventListener("scroll", () => this.#look(), { passive: true });
     toEnd.addEventListener("click", () => this.toTheEnd());
   }
@@ -104,6 +105,7 @@ export class Thread {
 
   /** Takes away all messages but the first so many. */
   cut(count) {
+    this.top = 0;
     for (const turn of this.turns.splice(count)) turn.node.remove();
   }
 
@@ -127,12 +129,17 @@ export class Thread {
 
   /** Keeps the end in view, unless the reader has gone elsewhere. */
   follow() {
-    if (this.isAtEnd) this.scroller.scrollTop = this.scroller.scrollHeight;
+    if (this.scroller.scrollTop < this.top - NEAR) this.isAtEnd = false; // before the event that tells of it
+    if (this.isAtEnd) {
+      this.scroller.scrollTop = this.scroller.scrollHeight;
+      this.top = this.scroller.scrollTop;
+    }
     this.toEnd.hidden = this.isAtEnd;
   }
 
   toTheEnd() {
     this.isAtEnd = true;
+    this.top = 0;
     this.follow();
   }
 
