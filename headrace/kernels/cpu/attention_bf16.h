@@ -169,9 +169,10 @@ template <class E> static void attend_rows_of_head_bf16(const AttentionCall& c, 
   find_places(c, w, w.key_begin, lesser((w.key_begin / kKeyBlock + 1) * kKeyBlock, w.key_end), places[now]);
   for (int64_t start = w.key_begin & ~int64_t{kKeyBlock - 1}; start < w.key_end; start += kKeyBlock) {
     int64_t begin = greater(start, w.key_begin), end = lesser(start + kKeyBlock, w.key_end);
-    find_places(c, w, end, lesser(end + kKeyBlock, w.key_end), places[1 - now]);
-    pack_block<E>(c, w, start, begin, places[now], places[1 - now], t);
-    now = 1 - now;
+    int next = end < w.key_end ? 1 - now : now;
+    if (next != now) find_places(c, w, end, lesser(end + kKeyBlock, w.key_end), places[next]);
+    pack_block<E>(c, w, start, begin, places[now], places[next], t);
+    now = next;
     attend_groups(c, w, start, begin, end, t);
     if (!ends_chunk(w, end)) continue;
     finished_tops(t.rows.top, rows);
