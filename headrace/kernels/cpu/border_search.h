@@ -34,14 +34,20 @@ inline float value_of(uint32_t order) {
   return x;
 }
 
+// How much of a row comes before what is looked at.
+struct Passed {
+  int64_t count = 0;
+  double weight = 0;
+};
+
 class BorderSearch {
  public:
   // For so many places.
   static int64_t scratch_bytes(int64_t n) { return 2 * kBuckets * static_cast<int64_t>(sizeof(Bucket)) + n * 4; }
 
-  // places: rising, of the largest of the row.
-  BorderSearch(const float* x, const float* weights, const int32_t* places, int64_t n, char* scratch)
-      : x_(x), weights_(weights), places_(places), n_(n), all_(reinterpret_cast<Bucket*>(scratch)), part_(all_ + kBuckets),
+  // places: rising; of the row behind what has been passed, and up to the border at least.
+  BorderSearch(const float* x, const float* weights, const int32_t* places, int64_t n, Passed passed, char* scratch)
+      : x_(x), weights_(weights), places_(places), n_(n), passed_(passed), all_(reinterpret_cast<Bucket*>(scratch)), part_(all_ + kBuckets),
         ids_(reinterpret_cast<int32_t*>(part_ + kBuckets)) {
     clear(all_, kBuckets);
     for (int64_t j = 0; j < n_; ++j) all_[order_of(x_[places_[j]]) >> kTopShift].take(weights_[places_[j]]);
@@ -49,7 +55,7 @@ class BorderSearch {
 
   // The shortest beginning with `count` logits or with `weight`, whichever comes first; everything if neither is reached.
   Border find(int64_t count, double weight) {
-    Passed above;
+    Passed above = passed_;
     uint32_t prefix = descend(all_, kBuckets, count, weight, &above);
     int64_t candidates = gather(prefix);
     for (int shift = kTopShift; shift > 0 && !all_equal(candidates);) {
@@ -71,10 +77,6 @@ class BorderSearch {
       ++count;
       weight += static_cast<double>(w);
     }
-  };
-  struct Passed {
-    int64_t count = 0;
-    double weight = 0;
   };
 
   static void clear(Bucket* buckets, int n) { memset(static_cast<void*>(buckets), 0, sizeof(Bucket) * static_cast<size_t>(n)); }
@@ -136,6 +138,7 @@ class BorderSearch {
   const float* weights_;
   const int32_t* places_;
   const int64_t n_;
+  const Passed passed_;
   Bucket *all_, *part_;
   int32_t* ids_;
 };

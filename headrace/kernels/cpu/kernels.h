@@ -95,7 +95,7 @@ struct Kernels {
   void (*keep_heavy)(const float* x, int64_t n, float lowest, float lightest, float* weights, double* block_sums);
   void (*typical_keys)(const float* x, int64_t n, float peak, float temperature, const float* weights, float* keys);
   Above (*measure_above)(const float* x, const float* weights, int64_t n, float lowest);
-  int64_t (*gather_above)(const float* x, int64_t n, float lowest, int32_t* ids);
+  int64_t (*gather_between)(const float* x, int64_t n, float lowest, float limit, int32_t* ids);
   // pages and attention (append.h, attention_decode.h, attention_prefill.h)
   bool (*append_heads)(const AppendArgs& args);
   void (*convert_row)(const float* x, void* y, DType type, int64_t n);

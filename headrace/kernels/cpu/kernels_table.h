@@ -16,7 +16,7 @@ namespace HEADRACE_ISA {
 static const Kernels kTable = {
     rms_norm, quantize_coarse, quantize_fine, tile, unpack_panel, finish, widen_row, silu_gate,
     read_bytes, multiply_floats, multiply_bytes,
-    find_peak, weigh, keep_heavy, typical_keys, measure_above, gather_above,
+    find_peak, weigh, keep_heavy, typical_keys, measure_above, gather_between,
     append_heads, convert_row, attend_few, attend_tile, attend_double, merge_pieces,
     merge_parts,
 };

@@ -90,11 +90,11 @@ int64_t draw_token(const float* weights, const double* block_sums, int64_t n, do
   return token;
 }
 
-// How far from the peak a border is looked for at first, in logarithms of weights, and how often twice as far.
+// How far from the peak a border is looked for at first, in logarithms of weights, and how often twice as far; how often
+// what is between is halved, and how many are few.
 constexpr float kFirstReach = 4.0f, kFirstDistance = 1.0f;
-constexpr int kReaches = 3;
-constexpr int64_t kFewOf = 4;  // a quarter of a row is not few
-constexpr double kSurely = 1 - 1e-5;
+constexpr int kReaches = 4, kHalves = 8;
+constexpr int64_t kFew = 256;
 
 int64_t padded(int64_t bytes) { return (bytes + 63) & ~int64_t{63}; }
 
@@ -148,26 +148,21 @@ class Sample : public Op {
     const int64_t n = logits_->cols();
     const bool some = s.top_k > 0 && s.top_k < n;
     if (!some && s.top_p >= 1 && s.min_p <= 0) return;
+    const float reach = kFirstReach * static_cast<float>(s.temperature);
     Border border;
-    if (some || s.top_p < 1) {
-      double within = total_of(block_sums);
-      const Wanted wanted{some ? s.top_k : INT64_MAX, some ? INFINITY : s.top_p * within};
-      BorderSearch search = search_among(x, weights, peak, static_cast<float>(s.temperature) * kFirstReach, wanted, scratch);
-      if (some) {
-        border = search.find(s.top_k, INFINITY);
-        within = border.weight;
-      }
-      if (s.top_p < 1) border = tighter(border, search.find(INT64_MAX, s.top_p * within));
+    double within = total_of(block_sums);
+    if (some) {
+      border = border_of(x, weights, peak, reach, {s.top_k, INFINITY}, scratch);
+      within = border.weight;
     }
+    if (s.top_p < 1) border = tighter(border, border_of(x, weights, peak, reach, {INT64_MAX, s.top_p * within}, scratch));
     if (border.ties != INT64_MAX) drop_surplus(border, x, weights, n);
     kernels_.keep_heavy(x, n, border.lowest, static_cast<float>(s.min_p), weights, block_sums);
   }
 
   void keep_typical(double typical_p, const float* keys, float* weights, double* block_sums, char* scratch) const {
     const int64_t n = logits_->cols();
-    const double limit = typical_p * total_of(block_sums);
-    BorderSearch search = search_among(keys, weights, 0, kFirstDistance, {INT64_MAX, limit}, scratch);
-    Border border = search.find(INT64_MAX, limit);
+    Border border = border_of(keys, weights, 0, kFirstDistance, {INT64_MAX, typical_p * total_of(block_sums)}, scratch);
     if (border.ties != INT64_MAX) drop_surplus(border, keys, weights, n);
     kernels_.keep_heavy(keys, n, border.lowest, 0.0f, weights, block_sums);
   }
@@ -182,22 +177,32 @@ class Sample : public Op {
   struct Wanted {
     int64_t count;
     double weight;
+    bool reached(const Above& above) const { return above.count >= count || above.weight >= weight; }
   };
 
-  // A search among the few that are near enough to the peak to hold the border, or among all where those are many.
-  BorderSearch search_among(const float* x, const float* weights, float peak, float reach, Wanted wanted, char* scratch) const {
+  // Passes over the whole row, which vectors make quick, find two values with few of the row between them and the border
+  // among these; they are looked at one by one. reach: how far from the peak the border may be, as a first guess.
+  Border border_of(const float* x, const float* weights, float peak, float reach, Wanted wanted, char* scratch) const {
     const int64_t n = logits_->cols();
-    auto* places = reinterpret_cast<int32_t*>(scratch);
-    float lowest = -INFINITY;
-    for (int tries = 0; tries < kReaches; ++tries, reach *= 2) {
-      Above above = kernels_.measure_above(x, weights, n, peak - reach);
-      // NOTE: sums in another order than the search's: what is reached only just here might not be there.
-      bool enough = above.count >= wanted.count || above.weight * kSurely >= wanted.weight;
-      if (enough) lowest = peak - reach;
-      if (enough || above.count > n / kFewOf) break;
+    float limit = INFINITY, lowest = peak - reach;
+    Above passed{0, 0}, within{n, 0};
+    for (int tries = 0; tries < kReaches && lowest > -INFINITY; ++tries, reach *= 2, lowest = peak - reach) {
+      within = kernels_.measure_above(x, weights, n, lowest);
+      if (wanted.reached(within)) break;
+      limit = lowest, passed = within, within = {n, 0};
     }
-    int64_t found = kernels_.gather_above(x, n, lowest, places);
-    return {x, weights, places, found, scratch + padded((n + 1) * 4)};
+    if (within.count == n) lowest = -INFINITY;
+    for (int halves = 0; halves < kHalves && within.count - passed.count > kFew && lowest > -INFINITY; ++halves) {
+      const float middle = lowest + (std::min(limit, peak) - lowest) / 2;
+      Above above = kernels_.measure_above(x, weights, n, middle);
+      if (wanted.reached(above)) lowest = middle, within = above;
+      else limit = middle, passed = above;
+    }
+    auto* places = reinterpret_cast<int32_t*>(scratch);
+    const int64_t found = kernels_.gather_between(x, n, lowest, limit, places);
+    if (!found) return {};
+    BorderSearch search(x, weights, places, found, {passed.count, passed.weight}, scratch + padded((n + 1) * 4));
+    return search.find(wanted.count, wanted.weight);
   }
 
   static void drop_surplus(const Border& border, const float* x, float* weights, int64_t n) {

@@ -167,17 +167,22 @@ static Above measure_above(const float* x, const float* weights, int64_t n, floa
   return above;
 }
 
-// The places of what is at least `lowest`, rising; their number. Most groups have none. NOTE: one place more is written.
-static int64_t gather_above(const float* x, int64_t n, float lowest, int32_t* ids) {
+// The places of what is at least `lowest` and below `limit`, rising; their number. NOTE: one place more is written.
+static int64_t gather_between(const float* x, int64_t n, float lowest, float limit, int32_t* ids) {
+  const Floats top = broadcast(limit), none = broadcast(-INFINITY);
   int64_t m = 0, i = 0;
   auto take = [&](int64_t end) {
     for (; i < end; ++i) {
       ids[m] = static_cast<int32_t>(i);
-      m += x[i] >= lowest;
+      m += x[i] >= lowest && x[i] < limit;
     }
   };
-  while (i + kGroup <= n) {
-    Floats most = maximum(maximum(load(x + i), load(x + i + kLanes)), maximum(load(x + i + 2 * kLanes), load(x + i + 3 * kLanes)));
+  while (lowest > -INFINITY && i + kGroup <= n) {
+    Floats most = none;
+    for (int64_t j = i; j < i + kGroup; j += kLanes) {
+      Floats a = load(x + j);
+      most = maximum(most, select_less(a, top, a, none));
+    }
     if (largest(most) < lowest) i += kGroup;
     else take(i + kGroup);
   }
