@@ -12,6 +12,7 @@ import uvicorn
 
 from headrace.async_llm import Update
 from headrace.config import SamplingParams
+from headrace.engine.request import Request
 from headrace.errors import CapacityError
 from headrace.server.app import create_app
 from headrace.server.settings import ServerSettings
@@ -42,7 +43,8 @@ class ScriptedLLM:
             raise CapacityError("messages: expected at most 4096 tokens, got 5000")
         answer = self.answers.get(question, question.upper())
         pieces = _pieces(answer[len(said) :])
-        return [ScriptedStream(self, len(ids), pieces[: params.max_tokens], len(pieces) > params.max_tokens)]
+        request = Request(list(ids), params, reused_len=7)
+        return [ScriptedStream(self, request, pieces[: params.max_tokens], len(pieces) > params.max_tokens)]
 
     async def drain(self, timeout_s: float) -> bool:
         return True
@@ -63,12 +65,12 @@ def _render(messages: Sequence[dict[str, str]], add_generation_prompt: bool = Tr
 class ScriptedStream:
     """One answer. Its first tokens come after a piece's time, too."""
 
-    def __init__(self, llm: ScriptedLLM, prompt_len: int, pieces: list[str], is_cut: bool) -> None:
+    def __init__(self, llm: ScriptedLLM, request: Request, pieces: list[str], is_cut: bool) -> None:
         self._llm, self._pieces = llm, pieces
         self._reason = "length" if is_cut else "stop"
         self.finish_reason: str | None = None
         self.num_tokens = 0
-        self.request = SimpleNamespace(prompt_ids=[0] * prompt_len, reused_len=7, num_guessed=0, num_accepted=0)
+        self.request = request
 
     async def start(self) -> None:
         pass

@@ -74,7 +74,7 @@ export class Thread {
     Object.assign(this, { list, scroller, toEnd, actions });
     this.turns = [];
     this.isAtEnd = true;
-    this.top = 0; // where following the end has last scrolled to
+    this.followed = { top: 0, height: 0 }; // where following the end has last scrolled to, and how much there was
     scroller.addEventListener("scroll", () => this.#look(), { passive: true });
     toEnd.addEventListener("click", () => this.toTheEnd());
   }
@@ -105,7 +105,6 @@ export class Thread {
 
   /** Takes away all messages but the first so many. */
   cut(count) {
-    this.top = 0;
     for (const turn of this.turns.splice(count)) turn.node.remove();
   }
 
@@ -129,17 +128,18 @@ export class Thread {
 
   /** Keeps the end in view, unless the reader has gone elsewhere. */
   follow() {
-    if (this.scroller.scrollTop < this.top - NEAR) this.isAtEnd = false; // before the event that tells of it
-    if (this.isAtEnd) {
-      this.scroller.scrollTop = this.scroller.scrollHeight;
-      this.top = this.scroller.scrollTop;
-    }
+    const { scrollTop, scrollHeight } = this.scroller;
+    const hasShrunk = scrollHeight < this.followed.height; // then it is no reader who has gone up
+    if (scrollTop < this.followed.top - NEAR && !hasShrunk) this.isAtEnd = false; // the event that tells of it comes later
     this.toEnd.hidden = this.isAtEnd;
+    if (!this.isAtEnd) return;
+    this.scroller.scrollTop = scrollHeight;
+    this.followed = { top: this.scroller.scrollTop, height: scrollHeight };
   }
 
   toTheEnd() {
     this.isAtEnd = true;
-    this.top = 0;
+    this.followed = { top: 0, height: 0 };
     this.follow();
   }
 
