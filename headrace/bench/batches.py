@@ -29,6 +29,7 @@ from headrace.engine.sequence import CachedSequence, NewTokens, run_step
 from headrace.errors import HeadraceError
 from headrace.kv_cache.storage import LayerPages
 from headrace.machine import Machine, this_machine
+from headrace.models.layers import is_in_order
 from headrace.ops import linear
 from headrace.ops.select import Kernel, Request, choose
 from headrace.talk import ProgressLine
@@ -160,8 +161,9 @@ def varying_parts(llm: LLM) -> list[str]:
     chosen = [(choose(linear.kernels(), request), request) for request in requests]
     if names := {kernel.name for kernel, request in chosen if not _row_by_row(kernel, request)}:
         found.append(f"linear by {', '.join(sorted(names))}")
-    if llm.engine.runner.storage.layers[0].key_scales is not None:
-        found.append("attention over keys with scales")
+    pages = llm.engine.runner.storage.layers[0]
+    if not is_in_order(pages, llm.config):
+        found.append("attention over " + ("keys with scales" if pages.key_scales is not None else "long heads"))
     return found
 
 

@@ -100,10 +100,12 @@ def test_no_speed_for_a_batch_that_answers_otherwise(path: Path, monkeypatch: py
     assert not check_batches(llm, [1, 2, 4])
 
 
-def test_what_may_vary_is_named(path: Path) -> None:
+def test_what_may_vary_is_named(path: Path, tmp_path: Path) -> None:
     with cpu.limit_isa("avx2"):
         assert varying_parts(load(path)) == []
         assert varying_parts(load(path, kv_dtype="int8")) == ["attention over keys with scales"]
+        long = write_tiny_model(tmp_path / "long.gguf", TinyModel(head_dim=80))
+        assert varying_parts(load(long)) == ["attention over long heads"]
 
 
 def test_what_batch_invariance_costs_is_measured_beside(

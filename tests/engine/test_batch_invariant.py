@@ -179,9 +179,16 @@ def test_every_weight_format_on_every_instruction_set(tiny: Open, format_name: s
         assert together(tiny(format_name, chunk_len=7, max_requests=3)) == expected
 
 
-def test_without_it_a_cache_of_codes_does_not_keep_it(tiny: Open) -> None:
-    llm = tiny("64", kv_dtype="int8", batch_invariant=False)
-    assert together(tiny("64", kv_dtype="int8", batch_invariant=False, chunk_len=7)) != alone(llm)
+@pytest.mark.parametrize("name,kv_dtype", [("64", "int8"), ("128", "float16")])
+def test_without_it_codes_and_long_heads_do_not_keep_it(tiny: Open, name: str, kv_dtype: str) -> None:
+    free = partial(tiny, name, kv_dtype=kv_dtype, batch_invariant=False)
+    assert together(free(chunk_len=7)) != alone(free())
+
+
+def test_without_it_short_heads_keep_it_all_the_same(tiny: Open) -> None:
+    with cpu.limit_isa("avx2"):  # tiles do not
+        free = partial(tiny, "64", batch_invariant=False)
+        assert together(free(chunk_len=7)) == alone(free()) == alone(tiny("64"))
 
 
 def with_tiles(run: Callable[..., Any], vectors: Sequence[Kernel]) -> tuple[Kernel, ...]:
