@@ -8,6 +8,7 @@
     ├── SourceError            a model cannot be found or fetched
     ├── CapacityError          out of pages, memory or disk
     ├── KernelError            a kernel asked for by name cannot run (its reasons are in the text)
+    ├── NotFiniteError         a model computed NaN or infinity where numbers to go on with should be
     └── TemplateError          a chat template is broken or refuses the conversation
 
 Each text names the argument, what was expected and what came; `hint` says what to do.
@@ -55,6 +56,10 @@ class CapacityError(HeadraceError):
 
 class KernelError(HeadraceError):
     """A kernel asked for by name cannot run."""
+
+
+class NotFiniteError(HeadraceError):
+    """A model computed NaN or infinity where numbers to go on with should be."""
 
 
 class TemplateError(HeadraceError):

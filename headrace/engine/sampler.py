@@ -10,9 +10,9 @@ import numpy as np
 
 from headrace.config import SamplingParams
 from headrace.engine.row_edits import RowEdits, Text
-from headrace.errors import HeadraceError
+from headrace.errors import ArgumentError, HeadraceError, NotFiniteError
 from headrace.kernels.cpu.arrays import Buffer
-from headrace.ops.sampling import NOT_DRAWN, is_penalized, sample, sample_rows, settings
+from headrace.ops.sampling import NO_TOKEN, NOT_DRAWN, is_penalized, sample, sample_rows, settings
 
 
 class Answer(Protocol):
@@ -49,7 +49,7 @@ class Sampler:
     """The draws of a program that leaves these logits: `prepare` before it runs, `drawn` after.
 
     The n-th draw of a request depends on its seed, n and its row of logits alone, whoever else is drawn for. One whose
-    edits or penalties leave nothing to draw from fails alone; its token means nothing.
+    row is not finite, or whose edits or penalties leave nothing to draw from, fails alone; its token means nothing.
     """
 
     def __init__(self, logits: Buffer) -> None:
@@ -76,13 +76,18 @@ class Sampler:
         """The next token of each, after the run that left these logits [rows, vocab]; they stay as they are."""
         tokens: list[int] = self._tokens[: len(rows)].tolist()
         for place, row in enumerate(rows):
-            if row is not None and row.late:
+            if row is None:
+                continue
+            if row.late:
                 tokens[place] = _draw_late(logits[place], row)
+            elif tokens[place] == NO_TOKEN:
+                tokens[place] = 0
+                row.request.fail(_not_finite(logits[place]) or ArgumentError("logits: expected a finite one"))
         return tokens
 
 
 def _draw_late(logits: np.ndarray, row: Row) -> int:
-    request, answer_ids = row.request, row.answer_ids
+    request, answer_ids, row_of_model = row.request, row.answer_ids, logits
     try:
         if request.edits:
             logits = logits.copy()
@@ -97,5 +102,13 @@ def _draw_late(logits: np.ndarray, row: Row) -> int:
         )
         return int(tokens[0])
     except HeadraceError as error:
-        request.fail(error)
+        request.fail(_not_finite(row_of_model) or error)
         return 0
+
+
+def _not_finite(row: np.ndarray) -> NotFiniteError | None:
+    """The error of a row that the model itself spoilt."""
+    bad = np.flatnonzero(~np.isfinite(row))
+    if not bad.size:
+        return None
+    return NotFiniteError(f"the model computed {row[bad[0]]} where the logit of token {bad[0]} should be")

@@ -20,7 +20,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -32,6 +32,7 @@ from headrace.ops.select import Kernel, Request, Traffic, choose
 TokenIds = Sequence[Sequence[int]]
 FLOPS_PER_LOGIT = 20  # the exponential's
 NOT_DRAWN = -1  # the step of a row of `sample_rows` whose token nobody wants
+NO_TOKEN = -1  # what `sample_rows` draws from a row with NaN or +inf, or with nothing above -inf
 
 
 def sample(
@@ -55,13 +56,19 @@ def sample(
     _check(asked, params=params, seeds=seeds, steps=steps, prompt_ids=prompt_ids, answer_ids=answer_ids)
     counts = token_counts(params, prompt_ids, answer_ids)
     out = np.empty(len(params), np.int32)
-    return choose(kernels(), asked, kernel).run(logits, settings(params, seeds, steps), counts, out)
+    choose(kernels(), asked, kernel).run(logits, settings(params, seeds, steps), counts, out)
+    for row in np.flatnonzero(out == NO_TOKEN).tolist():
+        seen = [ids[row] if ids is not None else () for ids in (prompt_ids, answer_ids)]
+        with np.errstate(all="ignore"):
+            _refuse(penalized(np.asarray(logits)[row], params[row], *seen), row)
+    return out
 
 
 def sample_rows(logits: Any, settings: Sequence[np.ndarray], out: np.ndarray) -> None:
     """The draws without penalties, as an op of a program: when it runs, the ids of the logits' rows go to `out`.
 
-    settings: as `settings` makes them, read at each run; a row whose step is NOT_DRAWN is left out.
+    settings: as `settings` makes them, read at each run; a row whose step is NOT_DRAWN is left out. What
+    `sample` refuses draws NO_TOKEN: one row must not end the step of the others.
     """
     choose(kernels(), request(shape_of(logits, "logits"), dtype_name(logits))).run(logits, settings, None, out)
 
@@ -185,6 +192,16 @@ def request(shape: tuple[int, ...], dtype: str = "float32") -> Request:
     elements = math.prod(shape)
     traffic = Traffic(4 * elements, FLOPS_PER_LOGIT * elements)
     return Request("sample", {"logits": shape}, {"logits": dtype}, traffic)
+
+
+def _refuse(row: np.ndarray, number: int) -> NoReturn:
+    """Says why nothing can be drawn from a row."""
+    bad = np.flatnonzero(~(row < np.inf))
+    if bad.size:
+        expected, got = "finite numbers or -inf", f"{row[bad[0]]} at token {bad[0]}"
+    else:
+        expected, got = "a token that is not -inf", "none"
+    raise ArgumentError(f"logits: expected {expected}, got {got} in row {number}")
 
 
 def _check(asked: Request, **rows: Sequence[Any] | None) -> None:

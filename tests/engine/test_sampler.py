@@ -7,7 +7,7 @@ import pytest
 
 from headrace.config import SamplingParams
 from headrace.engine.sampler import Row, Sampler
-from headrace.errors import ArgumentError, HeadraceError
+from headrace.errors import HeadraceError, NotFiniteError
 from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import program_input
 from headrace.ops.sampling import sample
@@ -81,5 +81,15 @@ def test_rows_that_nobody_draws_for_are_not_looked_at(drawing):
     logits[1] = np.nan
     assert draw(Answer(SamplingParams(temperature=0), 0), rows=2) == [int(np.argmax(logits[0]))]
     assert draw(rows=ROWS) == []
-    with pytest.raises(ArgumentError, match="nan at token 0 in row 1"):
-        draw(*[Answer(SamplingParams(temperature=0), 0)] * 2)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("params", [{"temperature": 0}, {"temperature": 1.0}, {"presence_penalty": 1.0}])
+def test_a_row_that_is_not_finite_fails_alone(drawing, params, bad):
+    logits, draw = drawing
+    answers = [Answer(SamplingParams(**params), seed) for seed in range(ROWS)]
+    expected = [alone(row, answer) for row, answer in zip(logits, answers, strict=True)]
+    logits[1, slice(None) if bad < 0 else 9] = bad
+    found = draw(*answers)
+    assert [found[i] for i in (0, 2, 3)] == [expected[i] for i in (0, 2, 3)]
+    assert [type(answer.error) for answer in answers] == [type(None), NotFiniteError, type(None), type(None)]
