@@ -202,8 +202,11 @@ class AsyncLLM:
         return await self.worker.call(partial(self.llm.load_cache, path))
 
     async def embed(self, ids: Sequence[int], pooling: str = "mean") -> np.ndarray:
-        """What the model makes of a text: float32 [dim], "mean" or "last" hidden state. Computed between steps."""
-        return await self.worker.call(lambda: self.llm.engine.embed(ids, pooling))
+        """What the model makes of a text: float32 [dim], "mean" or "last" hidden state.
+
+        Computed in pieces between the steps of answers, which take at most twice as long meanwhile.
+        """
+        return await self.worker.call_in_pieces(lambda: self.llm.engine.embedding(ids, pooling))
 
     @property
     def num_requests(self) -> int:
@@ -219,11 +222,15 @@ class AsyncLLM:
         """Takes nothing new, and waits for what runs; what has not ended by then is stopped. Whether all ended."""
         self._closing = True
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while self.num_requests and asyncio.get_running_loop().time() < deadline:
+        while self._busy and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(_DRAIN_PERIOD_S)
-        ended = not self.num_requests
+        ended = not self._busy
         self.worker.cancel_all()
         return ended
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self.worker.num_requests or self.worker.num_calls)
 
     def close(self) -> None:
         """Stops what runs, ends the thread, and lets go of the model's memory. Closing again does nothing."""

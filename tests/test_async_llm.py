@@ -50,7 +50,7 @@ async def until(condition: Callable[[], bool]) -> None:
         while not condition():
             await asyncio.sleep(0.001)
 
-    await asyncio.wait_for(poll(), 10)
+    await asyncio.wait_for(poll(), 60)
 
 
 def test_readers_beside_each_other_get_what_they_get_alone(path: Path, alone: list[str]) -> None:
@@ -183,6 +183,29 @@ def test_an_error_of_the_engine_reaches_every_reader_and_the_next_is_served(
                 ended = await asyncio.gather(*(_read(stream) for stream in streams), return_exceptions=True)
             assert [str(each) for each in ended] == ["no such page"] * len(streams)
             assert (await llm.generate(PROMPTS[0], PARAMS)).text == alone[0]
+
+    asyncio.run(main())
+
+
+def test_a_text_is_embedded_while_others_are_answered(path: Path, alone: list[str]) -> None:
+    ids = list(range(200))
+    llm = LLM(path, kv_dtype="float32")
+    expected = llm.engine.embed(ids)
+    llm.close()
+
+    async def main() -> None:
+        async with opened(path) as llm:
+            answers = [asyncio.create_task(llm.generate(prompt, PARAMS)) for prompt in PROMPTS]
+            vectors = await asyncio.gather(*(llm.embed(ids) for _ in range(3)))
+            assert all((vector == expected).all() for vector in vectors)
+            assert [(await answer).text for answer in answers] == alone
+            left = asyncio.create_task(llm.embed(ids))
+            await asyncio.sleep(0)
+            left.cancel()
+            assert ((await llm.embed(ids)) == expected).all()
+            with pytest.raises(PromptTooLongError):
+                await llm.embed(list(range(256)) * 2)
+            assert llm.worker.num_calls == 0
 
     asyncio.run(main())
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from headrace.config import EngineConfig, ModelConfig, SamplingParams
 from headrace.engine.embedder import Embedder
+from headrace.engine.embedding import Turns, embedding
 from headrace.engine.logprobs import note_logprobs, score_prompt
 from headrace.engine.pace import Pace
 from headrace.engine.request import Request
@@ -63,6 +64,7 @@ class Engine:
             step_outputs=len(self.runner.batch.output_rows),
         )
         self.guesser = Guesser(drafts, len(self.runner.batch.output_rows))
+        self.busy_s = 0.0  # that steps have taken so far
         self._pace = Pace()
         self._made_of = (weights, config, engine, pool)
         self._embedder: Embedder | None = None  # recorded when it is first asked for
@@ -117,6 +119,7 @@ class Engine:
         logits = run_step(self.runner, self.pool, [_new_tokens(part) for part in parts])
         tokens = self._accept(logits, self.runner.sampler.drawn(logits, rows), parts)
         seconds = perf_counter() - started
+        self.busy_s += seconds
         for part in parts:
             part.request.add_seconds(seconds)
         self.guesser.learn(parts, tokens, seconds, self._pace)
@@ -184,6 +187,17 @@ class Engine:
     def embed(self, ids: Sequence[int], pooling: str = "mean") -> np.ndarray:
         """What the model makes of a text: float32 [dim], the mean of its tokens' last hidden states, or that of its
         last token. Requests that run wait meanwhile."""
+        try:
+            next(self.embedding(ids, pooling, in_turns=False))
+        except StopIteration as end:
+            vector: np.ndarray = end.value
+            return vector
+        raise AssertionError("it took turns")
+
+    def embedding(
+        self, ids: Sequence[int], pooling: str = "mean", *, in_turns: bool = True
+    ) -> Generator[None, None, np.ndarray]:
+        """The same in pieces: it yields where steps of requests that run may come in between."""
         if pooling not in ("mean", "last"):
             raise ArgumentError(f"pooling: expected mean or last, got {pooling!r}")
         checked = self.request(ids, SamplingParams()).prompt_ids
@@ -191,15 +205,13 @@ class Engine:
             self._embedder = Embedder(*self._made_of, self.runner.storage)
         if not self.scheduler.make_room(pages_needed(len(checked), self.page_size)):
             self.clear()
-        sequence, total = CachedSequence(), np.zeros(self.config.dim)
-        try:
-            for first in range(0, len(checked), self.chunk_len):
-                chunk = checked[first : first + self.chunk_len]
-                rows = run_step(self._embedder, self.pool, [NewTokens(sequence, chunk, len(chunk))])
-                total = total + rows.sum(axis=0, dtype=np.float64) if pooling == "mean" else rows[-1].copy()
-        finally:
-            sequence.forget(0, self.pool, self.page_size)
-        return (total / len(checked) if pooling == "mean" else total).astype(np.float32)
+        turns = Turns(self, self.chunk_len) if in_turns else None
+        return (yield from embedding(self._embedder, self.pool, checked, pooling, turns))
+
+    def step_s(self) -> float | None:
+        """Seconds of a step of those that answer now, 0 before one was measured; None where nobody answers."""
+        running = len(self.scheduler.running)
+        return self._pace.step_s(running) or 0.0 if running else None
 
     @contextmanager
     def cached(self, ids: Sequence[int]) -> Iterator[CachedSequence]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -43,6 +44,41 @@ class Ticket:
         return self.state
 
 
+class _Call:
+    """A call in pieces, and who waits for what comes of it."""
+
+    def __init__(
+        self,
+        make: Callable[[], Generator[None, None, Any]],
+        loop: asyncio.AbstractEventLoop,
+        future: asyncio.Future[Any],
+    ) -> None:
+        self.future = future
+        self._pieces, self._loop = make(), loop
+
+    def advance(self) -> bool:
+        """One piece; whether it was the last."""
+        try:
+            if self.future.cancelled():
+                self._pieces.close()
+            else:
+                next(self._pieces)
+                return False
+        except StopIteration as end:
+            self._tell(self.future.set_result, end.value)
+        except Exception as error:
+            self._tell(self.future.set_exception, error)
+        return True
+
+    def end(self, error: HeadraceError) -> None:
+        """Ends it before its time."""
+        self._pieces.close()
+        self._tell(self.future.set_exception, error)
+
+    def _tell(self, tell: Callable[[Any], None], value: Any) -> None:
+        _call_on(self._loop, partial(_unless_left, self.future, tell, value))
+
+
 class Worker:
     """Runs steps while there is work, and sleeps otherwise. Its methods may be called from any event loop's thread."""
 
@@ -52,6 +88,8 @@ class Worker:
         self.num_steps = 0
         self._tickets: dict[Request, Ticket] = {}
         self._inbox: list[Callable[[], None]] = []
+        self.num_calls = 0  # in pieces, that have not ended
+        self._calls: deque[_Call] = deque()
         self._news = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="headrace engine", daemon=True)
@@ -94,6 +132,21 @@ class Worker:
         self._post(called)
         return future
 
+    def call_in_pieces(self, make: Callable[[], Generator[None, None, Result]]) -> asyncio.Future[Result]:
+        """What the generator returns that `make` makes.
+
+        It moves on to its next yield after every step, one such call after the other. Cancelling the future closes it.
+        """
+        loop = asyncio.get_running_loop()
+        call = _Call(make, loop, loop.create_future())
+        self._post(partial(self._calls.append, call))
+        self.num_calls += 1
+        call.future.add_done_callback(self._count_call)
+        return call.future
+
+    def _count_call(self, _: object) -> None:
+        self.num_calls -= 1
+
     def stop(self) -> None:
         """Ends the thread after the step that runs now; what still waits or runs is stopped."""
         with self._news:
@@ -114,6 +167,8 @@ class Worker:
                 self._handle_inbox()
                 if self.engine.has_work:
                     self._step()
+                if self._calls:
+                    self._advance(self._calls[0])
         except Exception as error:  # what should never happen must not leave readers waiting
             with self._news:
                 self.error = error
@@ -121,10 +176,12 @@ class Worker:
         else:
             self._handle_inbox()
             self._cancel_all()
+        for call in self._calls:
+            call.end(HeadraceError("the engine has stopped"))
 
     def _await_work(self) -> bool:
         with self._news:
-            while not (self._inbox or self._stopping or self.engine.has_work):
+            while not (self._inbox or self._stopping or self._calls or self.engine.has_work):
                 self._news.wait()
             return not self._stopping
 
@@ -150,6 +207,10 @@ class Worker:
                 if request.finish_reason:
                     self._tickets.pop(request, None)
         self._tell(changed)
+
+    def _advance(self, call: _Call) -> None:
+        if call.advance():
+            self._calls.popleft()
 
     def _add(self, request: Request, tickets: list[Ticket]) -> None:
         if request not in self._tickets:
