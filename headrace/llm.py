@@ -32,6 +32,7 @@ from headrace.kv_cache.storage import bytes_per_token
 from headrace.machine import this_machine
 from headrace.talk import ProgressLine
 from headrace.text.chat import ChatTemplate
+from headrace.text.prompt import chat_prompt
 from headrace.text.stream import TextStream
 from headrace.text.token_rules import token_rules
 from headrace.text.tokenizer import Tokenizer
@@ -215,8 +216,11 @@ class LLM:
         return self._stream(self.render(messages), params, continues=False)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """The conversation as token ids, through the model's chat template."""
-        return self.tokenizer.encode(self.chat_template.render(messages), add_special=False)
+        """The conversation as token ids, through the model's chat template.
+
+        Control tokens are the template's: those that messages spell out are text.
+        """
+        return chat_prompt(self.chat_template, self.tokenizer, messages).ids
 
     @property
     def chat_template(self) -> ChatTemplate:

@@ -12,7 +12,9 @@ stopped ends in TemplateError.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from headrace.errors import ArgumentError, ModelFileError, TemplateError, UnsupportedError
@@ -51,6 +53,11 @@ class ChatTemplate:
         return tuple(sorted(self._sources))
 
     @property
+    def sources(self) -> list[str]:
+        """The templates themselves."""
+        return list(self._sources.values())
+
+    @property
     def takes_tools(self) -> bool:
         """Whether any of the templates does something with tools."""
         return any("tools" in source for source in self._sources.values())
@@ -58,10 +65,12 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         name: str | None = None,
+        rendered_at: datetime | None = None,
         **kwargs: Any,
     ) -> str:
         """The prompt for a conversation, with the model's control tokens written out.
@@ -71,6 +80,7 @@ class ChatTemplate:
         add_generation_prompt: end with the beginning of an answer.
         tools: what the model may call, as JSON schemas.
         name: the template to use; by default "tool_use" if there are tools and there is one, else "default".
+        rendered_at: what the template is told the time is; by default the time it is.
         kwargs: further variables for the template, such as enable_thinking=False.
         """
         variables = {
@@ -81,6 +91,8 @@ class ChatTemplate:
             "tools": _plain(list(tools), "tools") if tools is not None else None,
             "add_generation_prompt": add_generation_prompt,
         }
+        if rendered_at is not None:
+            variables["strftime_now"] = lambda format: rendered_at.strftime(format)
         return _run(self._compile(name or self._default_name(tools)), variables)
 
     def _default_name(self, tools: Sequence[Mapping[str, Any]] | None) -> str:
@@ -122,7 +134,7 @@ def _checked_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ArgumentError(f'{where}: expected {{"role": ..., "content": ...}}, got {message!r:.80}')
     fields: dict[str, Any] = _plain({key: value for key, value in message.items() if value is not None}, where)
-    if not isinstance(fields.get("role"), str) or not fields["role"]:
+    if not isinstance(fields.get("role"), str) or not re.fullmatch(r"[\w .-]+", fields["role"]):
         raise ArgumentError(f"{where}: expected a role such as 'user', got {fields.get('role')!r:.80}")
     content = fields.get("content")
     if content is None and not fields.get("tool_calls"):

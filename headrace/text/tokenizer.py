@@ -16,8 +16,18 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.errors import ArgumentError, UnsupportedError
+from headrace.text.literals import LiteralFinder
 from headrace.text.pretokenizers import find_word_cut
-from headrace.text.vocabulary import Vocabulary, read_flag, read_name, read_numbers, read_strings, read_vocabulary
+from headrace.text.vocabulary import (
+    CONTROL,
+    UNKNOWN,
+    Vocabulary,
+    read_flag,
+    read_name,
+    read_numbers,
+    read_strings,
+    read_vocabulary,
+)
 
 if TYPE_CHECKING:
     from headrace.text.structured import Forms
@@ -89,6 +99,12 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """The ids that are marks and not text; `decode` leaves them out unless told otherwise."""
         return self._vocabulary.special_ids
+
+    @functools.cached_property
+    def controls(self) -> LiteralFinder:
+        """Finds control tokens in texts that spell them out. Of one character there are none."""
+        names = {self._vocabulary.tokens[i]: i for i in reversed(self._vocabulary.ids_of(CONTROL, UNKNOWN))}
+        return LiteralFinder({name: i for name, i in names.items() if len(name) > 1})
 
     @functools.cached_property
     def forms(self) -> Forms:

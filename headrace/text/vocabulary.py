@@ -25,6 +25,9 @@ END_NAMES = frozenset(
 )
 """Control tokens that end an answer wherever they occur: files often name only one of those a model uses."""
 
+_TURN_NAMES = END_NAMES | {"<|im_start|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>"}
+"""Control tokens whatever a file calls them: some have Gemma's among the words that are matched whole."""
+
 _LLAMA_DEFAULT_IDS = {"unknown": 0, "bos": 1, "eos": 2}  # what SentencePiece assigns unless told otherwise
 
 
@@ -48,7 +51,8 @@ class Vocabulary:
 def read_vocabulary(metadata: Mapping[str, Any]) -> Vocabulary:
     """The vocabulary in a file's metadata; ModelFileError where it contradicts itself."""
     tokens = read_strings(metadata, "tokens")
-    kinds = read_numbers(metadata, "token_type", len(tokens), default=NORMAL)
+    kinds = read_numbers(metadata, "token_type", len(tokens), default=NORMAL).copy()
+    kinds[[i for i in np.flatnonzero(kinds == USER_DEFINED) if tokens[i] in _TURN_NAMES]] = CONTROL
     ids = {name: special_token_id(metadata, name, len(tokens)) for name in ("bos", "eos", "unknown", "eot", "eom")}
     marks = {name: i for name, i in ids.items() if i is not None and name != "unknown"}
     ends = {i for name, i in marks.items() if name != "bos"}
