@@ -53,9 +53,10 @@ check: $(STAMPS)/test-installed ## ruff, mypy, architecture and public API
 	@echo "· architecture and public API"
 	@$(BIN)/python -m pytest tests/test_architecture.py tests/test_public_api.py
 
-map: $(STAMPS)/installed ## bring the map and the table of kernels in README.md up to date
+map: $(STAMPS)/test-installed ## bring the tables in README.md and docs/server.md up to date
 	@$(BIN)/python -m headrace.check.layout --write
 	@$(BIN)/python -m headrace.check.support --write
+	@$(BIN)/python -m headrace.check.server_docs --write
 
 bench: $(STAMPS)/installed ## measure the default model beside this machine's limits
 	@$(BIN)/headrace bench model

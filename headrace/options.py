@@ -60,6 +60,8 @@ HELP = {
     "tls_key": "Its private key, PEM.",
     "drain_timeout": "Seconds that what runs may take after SIGTERM.",
     "idle_unload": "Seconds without requests after which a model is unloaded; 0: never.",
+    "header_timeout": "Seconds that the headers of a request may take to arrive; 0: any.",
+    "body_timeout": "Seconds that its body may take to arrive; 0: any.",
     "max_body": "The largest request, such as 4MiB.",
     "log_prompts": "Write prompts into the log.",
     "tokens": "linear, rms_norm: rows of activations.",

@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 import headrace
 from headrace.errors import HeadraceError
 from headrace.server import chat, completions, embeddings, messages, responses, status
+from headrace.server.api_page import add_api_page
 from headrace.server.generation import LOG, Server
 from headrace.server.guard import Guard
 from headrace.server.metrics import Metrics
@@ -27,12 +28,13 @@ def create_app(models: Sequence[str], load: Load, settings: ServerSettings | Non
     """The application for these models. load: makes an AsyncLLM of a model's source; the first begins at the start."""
     settings = settings or ServerSettings()
     registry = Registry(models, load)
-    app = FastAPI(title="headrace", version=headrace.__version__, lifespan=_lifespan, redoc_url=None)
+    app = FastAPI(title="headrace", version=headrace.__version__, lifespan=_lifespan, docs_url=None, redoc_url=None)
     app.state.server = Server(settings, registry, Metrics(registry))  # type: ignore[arg-type]
     app.state.loading = True
     for part in (chat, completions, embeddings, messages, responses, status):
         app.include_router(part.router)
     app.include_router(page_router())
+    add_api_page(app)
     for kind in (HeadraceError, HTTPException, RequestValidationError, Exception):
         app.add_exception_handler(kind, on_error)
     guard: list[Guard] = []
@@ -76,8 +78,12 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 async def _load_first(app: FastAPI) -> None:
     server: Server = app.state.server
+    first = server.models.first
     try:
-        (await server.models.acquire(server.models.first.name)).release()
+        (await server.models.acquire(first.name)).release()
+    except HeadraceError as error:  # /health says 503; a request for the model tries again
+        LOG.error("%s: %s", first.name, error)
+    except Exception:
+        LOG.exception("%s could not be loaded", first.name)
+    finally:
         app.state.loading = False
-    except HeadraceError as error:  # /health keeps saying 503; a request for the model says why
-        LOG.error("%s: %s", server.models.first.name, error)

@@ -171,14 +171,13 @@ class ChatRequest(Sampling):
 
     def streams(self, llm: AsyncLLM) -> list[AsyncStream]:
         """An answer to come for each choice."""
-        prompt = prompt_of(
+        ids = prompt_of(
             llm.llm,
             [message.model_dump(exclude_none=True) for message in self.messages],
             tools=self.offered,
             continue_final=self.continue_final_message,
             variables=self.chat_template_kwargs,
-        )
-        ids = llm.llm.tokenizer.encode(prompt, add_special=False)
+        ).ids
         told = {"logprobs": self.top_logprobs or 0} if self.logprobs else {}
         params = self.drawn(max_tokens=self.most_tokens, n=self.n or 1, **told, **self.form)
         return llm.choices(ids, params)

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.async_llm import AsyncLLM, AsyncStream, Update
+from headrace.engine.answers import likeliest
 from headrace.server.events import DONE, EventStream, data, dumps
 from headrace.server.generation import LOG, Generation, begin, server_of, unless_gone
 from headrace.server.logprobs import CompletionLogprobs
@@ -28,7 +29,11 @@ Prompt = str | list[int]
 
 
 class CompletionRequest(Sampling):
-    """OpenAI's fields, and those of SamplingParams. prompt: text or token ids, or a list of either."""
+    """OpenAI's fields, and those of SamplingParams. prompt: text or token ids, or a list of either.
+
+    add_special_tokens: put what begins a text in front, as the model's file says. parse_special: control tokens that
+    a prompt spells out are those tokens; without it they are text.
+    """
 
     refused: ClassVar[Refused] = {"suffix": ("text is made from left to right", ("",))}
 
@@ -42,15 +47,24 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     user: str | None = None
+    add_special_tokens: bool = True
+    parse_special: bool = True
 
     def check(self) -> None:
         """Refuses what cannot be done, before anything is loaded."""
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise unsupported("best_of", "only as many as n")
+        if self.num_drawn < (self.n or 1):
+            raise Problem(400, f"best_of: expected at least n = {self.n}", param="best_of", code="invalid_value")
+        if self.stream and self.num_drawn > (self.n or 1):
+            raise unsupported("best_of", "the likeliest answers are known at the end, they cannot be streamed")
         if self.stream_options is not None and not self.stream:
             raise Problem(400, "stream_options: only with stream", param="stream_options", code="invalid_value")
         if not 0 < len(self.prompts) <= _MOST_PROMPTS:
             raise Problem(400, f"prompt: expected 1 to {_MOST_PROMPTS} prompts", param="prompt", code="invalid_value")
+
+    @property
+    def num_drawn(self) -> int:
+        """Answers that are drawn to each prompt."""
+        return self.best_of or self.n or 1
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -65,9 +79,10 @@ class CompletionRequest(Sampling):
         told: dict[str, Any] = {} if self.logprobs is None else {"logprobs": self.logprobs}
         if told and self.echo:
             told["prompt_logprobs"] = self.logprobs
-        params = self.drawn(max_tokens=self.max_tokens or _DEFAULT_TOKENS, n=self.n or 1, **told)
+        params = self.drawn(max_tokens=self.max_tokens or _DEFAULT_TOKENS, n=self.n or 1, best_of=self.best_of, **told)
+        special = {"add_special": self.add_special_tokens, "parse_special": self.parse_special}
         encode = llm.llm.tokenizer.encode
-        ids = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in self.prompts]
+        ids = [encode(prompt, **special) if isinstance(prompt, str) else prompt for prompt in self.prompts]
         return [stream for each in ids for stream in llm.choices(each, params, continues=True)]
 
 
@@ -111,12 +126,12 @@ class TextAnswer:
             texts[index] += self._text(index, update)
         choices = [
             {
-                "index": index,
+                "index": place,
                 "text": texts[index],
                 "logprobs": self._logprobs(index),
-                "finish_reason": _reason(stream),
+                "finish_reason": _reason(self._generation.streams[index]),
             }
-            for index, stream in enumerate(self._generation.streams)
+            for place, index in enumerate(self._chosen())
         ]
         content = {**self._head, "choices": choices, "usage": self._usage, "headrace": self._generation.speed}
         return Response(dumps(content), media_type="application/json")
@@ -137,6 +152,14 @@ class TextAnswer:
                 extra["headrace"] = self._generation.speed
             yield data({**self._head, **extra})
         yield DONE
+
+    def _chosen(self) -> list[int]:
+        """The numbers of the streams that are shown: of each prompt's the likeliest n, or all in order."""
+        requests = [stream.request for stream in self._generation.streams]
+        places = {id(request): place for place, request in enumerate(requests)}
+        each, count = self._body.num_drawn, self._body.n or 1
+        groups = [requests[first : first + each] for first in range(0, len(requests), each)]
+        return [places[id(request)] for group in groups for request in likeliest(group, count)]
 
     def _chunk(self, index: int, text: str, reason: str | None = None) -> bytes:
         ended = b"null" if reason is None else b'"' + reason.encode() + b'"'
@@ -160,15 +183,15 @@ class TextAnswer:
         if not self._body.echo:
             return ""
         if self._body.logprobs is not None:
-            first = self._generation.streams[index - index % (self._body.n or 1)]  # the prompt is scored once
+            first = self._generation.streams[index - index % self._body.num_drawn]  # the prompt is scored once
             return self._told[index].add_prompt(first)
-        prompt = self._body.prompts[index // (self._body.n or 1)]
+        prompt = self._body.prompts[index // self._body.num_drawn]
         tokenizer = self._generation.model.loaded.llm.tokenizer
         return prompt if isinstance(prompt, str) else tokenizer.decode(prompt)
 
     @property
     def _usage(self) -> dict[str, Any]:
-        each = self._body.n or 1
+        each = self._body.num_drawn
         requests = [stream.request for stream in self._generation.streams[::each]]
         usage = self._generation.usage
         usage["prompt_tokens"] = sum(len(request.prompt_ids) for request in requests)

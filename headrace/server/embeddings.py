@@ -6,6 +6,7 @@ compare texts roughly.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +18,7 @@ from headrace.server.generation import server_of, unless_gone
 from headrace.server.problems import Problem, problem_of, unsupported
 from headrace.server.protocol import Body, Refused, StrictRoute
 from headrace.server.registry import ServedModel
+from headrace.text.tokenizer import Tokenizer
 
 router = APIRouter(route_class=StrictRoute)
 _MOST_INPUTS = 2048
@@ -62,11 +64,12 @@ async def _embedded(body: EmbeddingRequest, model: ServedModel) -> dict[str, Any
     llm = model.loaded
     if body.dimensions not in (None, llm.llm.config.dim):
         raise unsupported("dimensions", f"the model has {llm.llm.config.dim}")
-    encode = llm.llm.tokenizer.encode
-    ids = [encode(text) if isinstance(text, str) else text for text in body.inputs]
+    ids = await asyncio.to_thread(_tokens, body.inputs, llm.llm.tokenizer)
     data = []
     for index, each in enumerate(ids):
         vector = await llm.embed(each, body.pooling)
+        if not np.isfinite(vector).all():
+            raise Problem(500, f"input[{index}]: the model computes no finite numbers of it", code="not_finite")
         vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
         shown = vector.tolist()
         if body.encoding_format == "base64":
@@ -75,3 +78,8 @@ async def _embedded(body: EmbeddingRequest, model: ServedModel) -> dict[str, Any
     count = sum(map(len, ids))
     usage = {"prompt_tokens": count, "total_tokens": count}
     return {"object": "list", "data": data, "model": body.model, "usage": usage}
+
+
+def _tokens(inputs: list[Any], tokenizer: Tokenizer) -> list[list[int]]:
+    # What is to be embedded is text, whatever it spells.
+    return [tokenizer.encode(text, parse_special=False) if isinstance(text, str) else text for text in inputs]

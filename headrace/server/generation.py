@@ -151,7 +151,7 @@ async def begin(server: Server, name: str, make: Make, prompt: str = "prompt") -
         return await _begin(server, name, make)
     except HeadraceError as error:
         problem = problem_of(error)
-        if problem.param in ("prompt", "text"):
+        if problem.param in ("prompt", "text", "messages"):
             problem.param = prompt
         raise problem from error
 

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from headrace.server.problems import Problem, response_of
 from headrace.server.settings import ServerSettings
 
-_OPEN_PATHS = ("/health", "/")  # and what lies below /page/
+_OPEN_PATHS = ("/health", "/", "/docs", "/openapi.json")  # and what lies below /page/
 
 
 class Guard:
@@ -60,12 +60,13 @@ class _Limited:
     def __init__(self, receive: Receive, settings: ServerSettings) -> None:
         self._receive, self._settings = receive, settings
         self._num_bytes, self._complete = 0, False
+        self._deadline: float | None = None  # of the whole body: pieces now and then buy no time
 
     async def __call__(self) -> Message:
         if self._complete:
             return await self._receive()
         try:
-            message = await asyncio.wait_for(self._receive(), self._settings.body_timeout_s or None)
+            message = await asyncio.wait_for(self._receive(), self._seconds_left)
         except asyncio.TimeoutError as error:
             raise Problem(408, "the body did not arrive in time", code="timeout") from error
         self._num_bytes += len(message.get("body", b""))
@@ -73,6 +74,13 @@ class _Limited:
         if self._num_bytes > self._settings.max_body_bytes:
             raise _too_large(self._settings.max_body_bytes)
         return message
+
+    @property
+    def _seconds_left(self) -> float | None:
+        now, most_s = asyncio.get_running_loop().time(), self._settings.body_timeout_s
+        if self._deadline is None:
+            self._deadline = now + most_s
+        return self._deadline - now if most_s else None
 
 
 def _too_large(most_bytes: int) -> Problem:

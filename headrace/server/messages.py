@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 from collections.abc import AsyncIterator
@@ -15,7 +16,7 @@ from starlette.responses import Response
 from headrace.async_llm import AsyncLLM, AsyncStream
 from headrace.config import SamplingParams
 from headrace.server.events import EventStream, dumps, named
-from headrace.server.generation import Generation, begin, server_of, unless_gone
+from headrace.server.generation import LOG, Generation, begin, server_of, unless_gone
 from headrace.server.messages_in import flat_text, prompt_of
 from headrace.server.problems import Problem, unsupported
 from headrace.server.protocol import MOST_STOPS, Body, Refused, StrictRoute
@@ -23,6 +24,7 @@ from headrace.server.tool_choice import call_schema
 from headrace.server.tools import Part, ToolReader
 
 router = APIRouter(route_class=StrictRoute)
+_NOTHING_KEPT = "nothing is kept"
 _STOP_REASONS = {"length": "max_tokens", "stop": "end_turn"}
 
 
@@ -72,6 +74,9 @@ class CountRequest(Body):
         "context_management": ("nothing is taken out of a conversation", ()),
         "output_config": ("not known here", ({},)),
         "output_format": ("not known here", ()),
+        "speed": ("there is one", ("standard",)),
+        "user_profile_id": (_NOTHING_KEPT, ()),
+        "workspace_id": (_NOTHING_KEPT, ()),
     }
 
     model: str
@@ -93,14 +98,17 @@ class CountRequest(Body):
         for i, turn in enumerate(self.messages):
             plain += _turns(turn, f"messages[{i}]")
         continued = plain[-1]["role"] == "assistant" and not plain[-1].get("tool_calls")
-        prompt = prompt_of(llm.llm, plain, tools=self.offered, continue_final=continued)
-        return llm.llm.tokenizer.encode(prompt, add_special=False)
+        return prompt_of(llm.llm, plain, tools=self.offered, continue_final=continued).ids
 
 
 class MessagesRequest(CountRequest):
     """Anthropic's fields."""
 
-    refused: ClassVar[Refused] = {**CountRequest.refused, "inference_geo": ("there is one place", ())}
+    refused: ClassVar[Refused] = {
+        **CountRequest.refused,
+        "inference_geo": ("there is one place", ()),
+        "diagnostics": (_NOTHING_KEPT, ({},)),
+    }
 
     max_tokens: int = Field(ge=1)
     stop_sequences: list[str] | None = Field(None, max_length=MOST_STOPS)
@@ -132,6 +140,7 @@ def _turns(turn: Turn, where: str) -> list[dict[str, Any]]:
     texts, calls, results = list[str](), list[dict[str, Any]](), list[dict[str, Any]]()
     for i, block in enumerate(turn.content):
         at, kind = f"{where}.content[{i}]", block.get("type")
+        _check_fields(block, at)
         if kind == "text":
             texts.append(flat_text([block], at) or "")
         elif kind == "tool_use" and isinstance(block.get("name"), str):
@@ -141,13 +150,28 @@ def _turns(turn: Turn, where: str) -> list[dict[str, Any]]:
             content = block.get("content")
             if content is not None and not isinstance(content, str) and not _are_blocks(content):
                 raise Problem(400, f"{at}.content: expected text or blocks", param=f"{at}.content")
-            results.append({"role": "tool", "content": flat_text(content, f"{at}.content") or ""})
+            text = flat_text(content, f"{at}.content") or ""
+            result = {"role": "tool", "content": f"Error: {text}" if block.get("is_error") else text}
+            results.append({**result, "tool_call_id": block.get("tool_use_id")})
         else:
             raise unsupported(f"{at}.type", f"a block of type {kind!r:.40}")
     turns = list(results)
     if texts or calls:
         turns.append({"role": turn.role, "content": "".join(texts), **({"tool_calls": calls} if calls else {})})
     return turns or [{"role": turn.role, "content": ""}]
+
+
+_FIELDS = {
+    "tool_use": {"id", "name", "input", "cache_control", "caller"},
+    "tool_result": {"tool_use_id", "content", "is_error", "cache_control"},
+}
+
+
+def _check_fields(block: dict[str, Any], where: str) -> None:
+    for kind, known in _FIELDS.items():
+        unknown = sorted(block.keys() - known - {"type"})
+        if unknown and block.get("type") == kind:
+            raise unsupported(f"{where}.{unknown[0]}", f"not a field of {kind}")
 
 
 def _are_blocks(content: Any) -> bool:
@@ -159,7 +183,7 @@ async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
     """How many tokens a conversation has."""
     model = await server_of(request).models.acquire(body.model)
     try:
-        return {"input_tokens": len(body.prompt_ids(model.loaded))}
+        return {"input_tokens": len(await asyncio.to_thread(body.prompt_ids, model.loaded))}
     finally:
         model.release()
 
@@ -169,6 +193,8 @@ async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Answers a conversation."""
     server = server_of(request)
     generation = await begin(server, body.model, body.streams, "messages")
+    if server.settings.log_prompts:
+        LOG.info("messages: %s", [turn.content for turn in body.messages])
     answer = MessageAnswer(body, generation)
     if body.stream:
         return EventStream(answer.events(), generation.close, server.settings.keep_alive_s, anthropic=True)

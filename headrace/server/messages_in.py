@@ -11,8 +11,19 @@ from typing import Any
 
 from headrace.llm import LLM
 from headrace.server.problems import Problem, unsupported
+from headrace.text.prompt import Prompt, chat_prompt
 
 Message = dict[str, Any]
+_RESERVED = {"messages", "tools", "add_generation_prompt", "continue_final", "name", "rendered_at"}
+
+# What parts may have beside their text; whether it may say something, for then nothing is lost without it.
+_PARTS_OWN = {
+    "cache_control": True,
+    "prompt_cache_breakpoint": True,
+    "logprobs": True,
+    "annotations": False,
+    "citations": False,
+}
 
 _TOOLS_TOLD = """\
 You may call these functions:
@@ -33,6 +44,10 @@ def flat_text(content: Any, where: str, kinds: Sequence[str] = ("text",)) -> str
     for i, part in enumerate(content):
         if part.get("type") not in kinds:
             raise unsupported(f"{where}[{i}].type", f"content of type {part.get('type')!r:.40}, only text is")
+        unknown = sorted(part.keys() - {"type", "text"} - _PARTS_OWN.keys())
+        lost = [name for name, kept in _PARTS_OWN.items() if part.get(name) and not kept]
+        if unknown or lost:
+            raise unsupported(f"{where}[{i}].{(unknown + lost)[0]}", "a part has a type and a text")
         if not isinstance(part.get("text"), str):
             raise Problem(400, f"{where}[{i}].text: expected text", param=f"{where}[{i}].text", code="invalid_type")
         pieces.append(part["text"])
@@ -102,25 +117,27 @@ def prompt_of(
     *,
     tools: Sequence[dict[str, Any]] = (),
     continue_final: bool = False,
+    add_generation_prompt: bool = True,
     variables: dict[str, Any] | None = None,
-) -> str:
-    """The prompt of a conversation. continue_final: it ends inside the last message, which the answer goes on with."""
+) -> Prompt:
+    """The prompt of a conversation. continue_final: it ends inside the last message, which the answer goes on with.
+
+    What contents spell is text, control tokens included: `text.prompt` says how.
+    """
     template, plain = llm.chat_template, for_template(messages)
     if not template.takes_tools:
         plain, tools = without_tool_roles(plain, tools), ()
     given = dict(variables or {})
-    reserved = {"messages", "tools", "add_generation_prompt", "name"} & given.keys()
+    reserved = _RESERVED & given.keys()
     if reserved:
         param = f"chat_template_kwargs.{min(reserved)}"
         raise Problem(400, f"{param}: is set by the request itself", param=param, code="invalid_value")
-    if not continue_final:
-        return template.render(plain, tools=tools or None, **given)
-    last = plain[-1].get("content") if plain else None
-    if not last or plain[-1]["role"] != "assistant":
-        message = "messages: expected to end with an assistant's text, for it is to be continued"
-        raise Problem(400, message, param="messages", code="invalid_value")
-    text = template.render(plain, tools=tools or None, add_generation_prompt=False, **given)
-    begin = text.rfind(last.strip())
-    if begin < 0:
-        raise Problem(400, "messages: the chat template does not show the last one", param="messages")
-    return text[:begin] + last.strip()
+    return chat_prompt(
+        template,
+        llm.tokenizer,
+        plain,
+        tools=tools or None,
+        continue_final=continue_final,
+        add_generation_prompt=add_generation_prompt,
+        **given,
+    )

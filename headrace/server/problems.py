@@ -19,6 +19,7 @@ from headrace.errors import (
     ArgumentError,
     CapacityError,
     HeadraceError,
+    NotFiniteError,
     PromptTooLongError,
     SourceError,
     TemplateError,
@@ -85,6 +86,8 @@ def problem_of(error: BaseException) -> Problem:
         return Problem(400, message, param=_param(error.message), code="context_length_exceeded")
     if isinstance(error, (ArgumentError, TemplateError, UnsupportedError)):
         return Problem(400, message, param=_param(error.message), code="invalid_value")
+    if isinstance(error, NotFiniteError):
+        return Problem(500, message, code="not_finite")
     if isinstance(error, SourceError):
         return Problem(503, message, code="model_unavailable")
     return Problem(503, message, code="unavailable", headers={"Retry-After": "1"})
@@ -96,8 +99,8 @@ def _param(message: str) -> str | None:
 
 
 def validation_problem(errors: list[Any]) -> Problem:
-    """The first thing wrong with a body, by name."""
-    first = errors[0]
+    """What is wrong with a body, by name: of several things the deepest, where an alternative was right so far."""
+    first = max(errors, key=lambda error: len(error["loc"]))
     param = _path([part for part in first["loc"] if part != "body"])
     kind = str(first["type"])
     if kind == "json_invalid":

@@ -22,6 +22,7 @@ class ServedModel:
         self.created = int(time.time())
         self.llm: AsyncLLM | None = None
         self.num_users = 0
+        self.failed = False  # to load, the last time
         self.used_s = time.monotonic()
         self.loading = asyncio.Lock()
 
@@ -79,7 +80,9 @@ class Registry:
         try:
             async with model.loading:
                 if model.llm is None:
+                    model.failed = True  # until it is there
                     model.llm = await asyncio.to_thread(self._load, model.source)
+                    model.failed = False
         except BaseException:
             model.release()
             raise

@@ -1,28 +1,28 @@
-"""POST /v1/responses: OpenAI's newer API, for text. Nothing is kept between requests."""
+"""POST /v1/responses: OpenAI's newer API, for text and calls of functions. Nothing is kept between requests."""
 
 from __future__ import annotations
 
-import secrets
-import time
-from collections.abc import AsyncIterator
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.async_llm import AsyncLLM, AsyncStream
 from headrace.config import SamplingParams
-from headrace.server.events import EventStream, dumps, named
-from headrace.server.generation import Generation, begin, server_of, unless_gone
+from headrace.server.events import EventStream
+from headrace.server.generation import LOG, begin, server_of, unless_gone
 from headrace.server.messages_in import flat_text, prompt_of
-from headrace.server.problems import Problem
+from headrace.server.problems import Problem, unsupported
 from headrace.server.protocol import Body, Refused, StrictRoute
+from headrace.server.responses_out import LOGPROBS, ResponseAnswer
+from headrace.server.tool_choice import call_schema
 
 router = APIRouter(route_class=StrictRoute)
 _NO_LIMIT = 2**31
 _NOTHING_KEPT = "nothing is kept"
+_KINDS = ("input_text", "output_text")
 
 
 class InputMessage(Body):
@@ -34,6 +34,73 @@ class InputMessage(Body):
     id: str | None = None
     status: str | None = None
     phase: str | None = None
+
+
+class CallItem(Body):
+    """A call that the model made in an earlier answer."""
+
+    refused: ClassVar[Refused] = {
+        "caller": ("there are no programs", ({"type": "direct"},)),
+        "namespace": ("functions have one", ()),
+    }
+
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    id: str | None = None
+    status: str | None = None
+
+
+class CallOutputItem(Body):
+    """What came of a call."""
+
+    refused: ClassVar[Refused] = {**CallItem.refused, "name": ("call_id says which call it was", ())}
+
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | list[dict[str, Any]]
+    id: str | None = None
+    status: str | None = None
+
+
+_ITEMS = {"message": "Message", "function_call": "Call", "function_call_output": "CallOutput"}
+
+
+def _kind_of_item(item: Any) -> str | None:
+    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
+    if not isinstance(kind, str) or kind not in _ITEMS:
+        raise unsupported("input.type", f"an item of type {kind!r:.40}, only {', '.join(_ITEMS)} are")
+    return _ITEMS[kind]
+
+
+InputItem = Annotated[
+    Annotated[InputMessage, Tag("Message")]
+    | Annotated[CallItem, Tag("Call")]
+    | Annotated[CallOutputItem, Tag("CallOutput")],
+    Discriminator(_kind_of_item),
+]
+
+
+class FunctionTool(Body):
+    """A function that the model may call."""
+
+    refused: ClassVar[Refused] = {
+        "allowed_callers": ("there are no programs", (["direct"],)),
+        "defer_loading": ("all tools are told at once", (False,)),
+        "output_schema": ("what a function gives is not looked at", ()),
+    }
+
+    type: Literal["function"]
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @property
+    def as_function(self) -> dict[str, Any]:
+        """As templates take it."""
+        return {"type": "function", "function": self.model_dump(exclude_none=True, exclude={"type", "strict"})}
 
 
 class TextFormat(Body):
@@ -54,35 +121,74 @@ class ResponseRequest(Body):
     """OpenAI's fields."""
 
     refused: ClassVar[Refused] = {
+        "access_programs": ("there are none", ({},)),
         "background": (_NOTHING_KEPT, (False,)),
+        "background_options": (_NOTHING_KEPT, ({},)),
+        "context_management": ("nothing is taken out of a conversation", ([],)),
         "conversation": (_NOTHING_KEPT, ()),
-        "include": ("there is nothing to include", ([],)),
-        "max_tool_calls": ("no tools here, /v1/chat/completions has them", ()),
-        "parallel_tool_calls": ("no tools here, /v1/chat/completions has them", (True, False)),
+        "image": ("text only", ({},)),
+        "max_tool_calls": ("it is about tools that a server runs", ()),
+        "moderation": ("nothing is moderated", ()),
         "previous_response_id": (_NOTHING_KEPT, ()),
         "prompt": (_NOTHING_KEPT, ()),
+        "prompt_cache_options": ("beginnings are kept as long as there is room", ({},)),
+        "prompt_cache_retention": ("beginnings are kept as long as there is room", ("in_memory", "in-memory")),
         "reasoning": ("the model's own template decides", ({},)),
         "service_tier": ("there is one", ("auto", "default")),
         "store": (_NOTHING_KEPT, (False,)),
         "stream_options": ("chunks are sent as they are", ({}, {"include_obfuscation": False})),
-        "tools": ("no tools here, /v1/chat/completions has them", ([],)),
-        "tool_choice": ("no tools here, /v1/chat/completions has them", ("auto", "none")),
-        "top_logprobs": ("/v1/chat/completions has them", (0,)),
         "truncation": ("a prompt that is too long is an error", ("disabled",)),
     }
 
     model: str
-    input: str | list[InputMessage] = Field(min_length=1)
+    input: str | list[InputItem] = Field(min_length=1)
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = None
     text: TextOptions | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    include: list[str] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     stream: bool | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    def check(self) -> None:
+        """Refuses what cannot be done, before anything is loaded."""
+        others = [name for name in self.include or () if name != LOGPROBS]
+        if others:
+            raise unsupported("include", f"{others[0]!r:.60}, only {LOGPROBS} is")
+        if self.with_logprobs and self.offered:
+            raise unsupported("include" if self.include else "top_logprobs", "not together with tools")
+        if self.tool_choice not in (None, "auto", "none") and not self.tools:
+            raise Problem(400, "tool_choice: only with tools", param="tool_choice", code="invalid_value")
+        if self.forced_call is None and any(tool.strict for tool in self.tools or () if self.offered):
+            raise unsupported("tools.strict", "only where tool_choice makes the model call one")
+
+    @property
+    def with_logprobs(self) -> bool:
+        """Whether logprobs are told."""
+        return LOGPROBS in (self.include or ()) or bool(self.top_logprobs)
+
+    @property
+    def offered(self) -> list[dict[str, Any]]:
+        """The tools, as templates take them."""
+        return [] if self.tool_choice == "none" else [tool.as_function for tool in self.tools or ()]
+
+    @property
+    def forced_call(self) -> dict[str, Any] | None:
+        """The schema of the call that the answer has to be, if it has to be one."""
+        choice = self.tool_choice
+        if isinstance(choice, dict):
+            if choice.keys() != {"type", "name"} or choice["type"] != "function":
+                raise unsupported("tool_choice", 'only auto, none, required and {"type": "function", "name": ...} are')
+            choice = {"type": "function", "function": {"name": choice["name"]}}
+        return call_schema(self.offered, choice)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -93,14 +199,17 @@ class ResponseRequest(Body):
         if isinstance(self.input, str):
             return [*messages, {"role": "user", "content": self.input}]
         for i, item in enumerate(self.input):
-            text = flat_text(item.content, f"input[{i}].content", ("input_text", "output_text"))
-            messages.append({"role": item.role, "content": text})
+            _add_item(messages, item, f"input[{i}]")
         return messages
 
     @property
     def form(self) -> dict[str, Any]:
-        """What SamplingParams are told of text.format."""
+        """What SamplingParams are told of text.format and tool_choice."""
         given = self.text.format if self.text else None
+        if self.forced_call is not None:
+            if given is not None and given.type != "text":
+                raise unsupported("text.format", "not together with a tool_choice that makes the model call one")
+            return {"json_schema": self.forced_call}
         if given is None or given.type == "text":
             return {}
         if given.type == "json_object":
@@ -116,18 +225,36 @@ class ResponseRequest(Body):
             max_tokens=self.max_output_tokens or _NO_LIMIT,
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
+            logprobs=(self.top_logprobs or 0) if self.with_logprobs else None,
             **self.form,
         )
-        ids = llm.llm.tokenizer.encode(prompt_of(llm.llm, self.messages), add_special=False)
-        return llm.choices(ids, params)
+        return llm.choices(prompt_of(llm.llm, self.messages, tools=self.offered).ids, params)
+
+
+def _add_item(messages: list[dict[str, Any]], item: InputMessage | CallItem | CallOutputItem, where: str) -> None:
+    """Puts an item into a conversation. Calls belong to the assistant's turn before them."""
+    if isinstance(item, InputMessage):
+        messages.append({"role": item.role, "content": flat_text(item.content, f"{where}.content", _KINDS)})
+    elif isinstance(item, CallOutputItem):
+        text = flat_text(item.output, f"{where}.output", _KINDS)
+        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
+    else:
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": ""})
+        function = {"name": item.name, "arguments": item.arguments}
+        call = {"id": item.call_id, "type": "function", "function": function}
+        messages[-1].setdefault("tool_calls", []).append(call)
 
 
 @router.post("/v1/responses")
 async def create_response(body: ResponseRequest, request: Request) -> Response:
     """Answers a text or a conversation."""
+    body.check()
     server = server_of(request)
     generation = await begin(server, body.model, body.streams, "input")
-    answer = ResponseAnswer(body, generation)
+    if server.settings.log_prompts:
+        LOG.info("input: %s", body.messages)
+    answer = ResponseAnswer(_echo(body), body.offered, generation, logprobs=body.with_logprobs)
     if body.stream:
         return EventStream(answer.events(), generation.close, server.settings.keep_alive_s)
     try:
@@ -136,88 +263,23 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
         generation.close()
 
 
-class ResponseAnswer:
-    """Puts what comes into the objects and events of the API."""
-
-    def __init__(self, body: ResponseRequest, generation: Generation) -> None:
-        self._body, self._generation, self._stream = body, generation, generation.streams[0]
-        self._id, self._item_id = f"resp_{secrets.token_hex(12)}", f"msg_{secrets.token_hex(12)}"
-        self._created, self._num_events = int(time.time()), 0
-
-    async def whole(self) -> Response:
-        """The response, once it has ended."""
-        await self._generation.finish()
-        return Response(dumps(self._ended()), media_type="application/json")
-
-    async def events(self) -> AsyncIterator[bytes]:
-        """The events of a stream."""
-        yield self._event("response.created", response=self._response("in_progress", []))
-        yield self._event("response.in_progress", response=self._response("in_progress", []))
-        item = {**self._item("in_progress"), "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        place = {"item_id": self._item_id, "output_index": 0, "content_index": 0}
-        yield self._event("response.content_part.added", **place, part=_part(""))
-        async for _, update in self._generation.updates():
-            if update.text:
-                yield self._event("response.output_text.delta", **place, delta=update.text, logprobs=[])
-        ended, text = self._ended(), self._stream.text
-        yield self._event("response.output_text.done", **place, text=text, logprobs=[])
-        yield self._event("response.content_part.done", **place, part=_part(text))
-        yield self._event("response.output_item.done", output_index=0, item=ended["output"][0])
-        yield self._event(f"response.{ended['status']}", response=ended)
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        self._num_events += 1
-        return named({"type": kind, "sequence_number": self._num_events - 1, **fields})
-
-    def _ended(self) -> dict[str, Any]:
-        if self._stream.finish_reason == "cancelled":
-            raise Problem(503, "the server is shutting down", code="shutting_down")
-        status = "completed" if self._stream.finish_reason == "stop" else "incomplete"
-        return self._response(status, [self._item(status)])
-
-    def _item(self, status: str) -> dict[str, Any]:
-        content = [_part(self._stream.text)]
-        return {"id": self._item_id, "type": "message", "status": status, "role": "assistant", "content": content}
-
-    def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
-        body, request = self._body, self._stream.request
-        counted = {
-            "input_tokens": len(request.prompt_ids),
-            "input_tokens_details": {"cached_tokens": request.reused_len},
-            "output_tokens": self._stream.num_tokens,
-            "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": len(request.prompt_ids) + self._stream.num_tokens,
-        }
-        return {
-            "id": self._id,
-            "object": "response",
-            "created_at": self._created,
-            "status": status,
-            "error": None,
-            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "instructions": body.instructions,
-            "max_output_tokens": body.max_output_tokens,
-            "metadata": body.metadata or {},
-            "model": body.model,
-            "output": output,
-            "parallel_tool_calls": False,
-            "previous_response_id": None,
-            "store": False,
-            "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": _shown(body)},
-            "tool_choice": "none",
-            "tools": [],
-            "top_p": 1.0 if body.top_p is None else body.top_p,
-            "truncation": "disabled",
-            "usage": None if status == "in_progress" else counted,
-        }
-
-
-def _shown(body: ResponseRequest) -> dict[str, Any]:
+def _echo(body: ResponseRequest) -> dict[str, Any]:
+    """The fields of a request that a response shows again."""
     given = body.text.format if body.text else None
-    return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_none=True)
-
-
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    shown = {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_none=True)
+    return {
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "metadata": body.metadata or {},
+        "model": body.model,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "previous_response_id": None,
+        "store": False,
+        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "text": {"format": shown},
+        "tool_choice": body.tool_choice or "auto",
+        "tools": [tool.model_dump() for tool in body.tools or ()],
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "truncation": "disabled",
+    }

@@ -66,6 +66,8 @@ class ServeOptions:
     tls_key: Path | None = None
     drain_timeout: float = ServerSettings.drain_timeout_s
     idle_unload: float = 0.0
+    header_timeout: float = ServerSettings.header_timeout_s
+    body_timeout: float = ServerSettings.body_timeout_s
     max_body: str = "4MiB"
     log_prompts: bool = False
 
@@ -78,6 +80,8 @@ class ServeOptions:
             max_body_bytes=read_bytes("max_body", self.max_body),
             drain_timeout_s=self.drain_timeout,
             idle_unload_s=self.idle_unload,
+            header_timeout_s=self.header_timeout,
+            body_timeout_s=self.body_timeout,
             cors_origin=self.cors_origin,
             log_prompts=self.log_prompts,
             api_keys=read_keys(self.api_key, self.api_key_file),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -10,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import headrace
+from headrace.llm import LLM
 from headrace.server.chat import ChatMessage, Tool
 from headrace.server.generation import server_of
 from headrace.server.messages_in import prompt_of
@@ -17,6 +19,7 @@ from headrace.server.metrics import CONTENT_TYPE
 from headrace.server.problems import Problem
 from headrace.server.protocol import Body, StrictRoute
 from headrace.server.registry import ServedModel
+from headrace.text.prompt import Prompt
 
 router = APIRouter(route_class=StrictRoute)
 
@@ -27,6 +30,8 @@ async def health(request: Request) -> dict[str, str]:
     llm = server_of(request).models.first.llm
     if llm is None and request.app.state.loading:
         raise Problem(503, "the model is being loaded", code="loading", headers={"Retry-After": "1"})
+    if llm is None and server_of(request).models.first.failed:
+        raise Problem(503, "the model could not be loaded", code="load_failed")
     if llm is not None and llm.worker.error is not None:
         raise Problem(503, "the engine has stopped", code="engine_stopped")
     return {"status": "ok"}
@@ -63,21 +68,6 @@ async def version() -> dict[str, str]:
     return {"version": headrace.__version__}
 
 
-class TokenizeRequest(Body):
-    """A prompt, or messages for the model's template."""
-
-    model: str
-    prompt: str | None = None
-    messages: list[ChatMessage] | None = None
-    add_special_tokens: bool = True
-    return_token_strs: bool = False
-
-
-class DetokenizeRequest(Body):
-    model: str
-    tokens: list[int] = Field(max_length=1 << 20)
-
-
 class TemplateRequest(Body):
     """A conversation, as for chat completions."""
 
@@ -86,6 +76,50 @@ class TemplateRequest(Body):
     tools: list[Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool = False
+    add_generation_prompt: bool = True
+
+    def prompt_for(self, llm: LLM) -> Prompt:
+        """What the model's template makes of it."""
+        return prompt_of(
+            llm,
+            [message.model_dump(exclude_none=True) for message in self.messages],
+            tools=[tool.model_dump(exclude_none=True) for tool in self.tools or ()],
+            continue_final=self.continue_final_message,
+            add_generation_prompt=self.add_generation_prompt,
+            variables=self.chat_template_kwargs,
+        )
+
+
+class TokenizeRequest(Body):
+    """A prompt, or a conversation with the fields of /apply-template.
+
+    add_special_tokens: put what begins a text in front of a prompt. parse_special: control tokens that a prompt spells
+    out are those tokens.
+    """
+
+    model: str
+    prompt: str | None = None
+    add_special_tokens: bool = True
+    parse_special: bool = True
+    return_token_strs: bool = False
+    messages: list[ChatMessage] | None = None
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool = False
+    add_generation_prompt: bool = True
+
+    def ids_for(self, llm: LLM) -> list[int]:
+        """Its tokens."""
+        if self.messages is None:
+            special = {"add_special": self.add_special_tokens, "parse_special": self.parse_special}
+            return llm.tokenizer.encode(self.prompt or "", **special)
+        given = {name: getattr(self, name) for name in TemplateRequest.model_fields if name in self.model_fields_set}
+        return TemplateRequest.model_construct(**given).prompt_for(llm).ids
+
+
+class DetokenizeRequest(Body):
+    model: str
+    tokens: list[int] = Field(max_length=1 << 20)
 
 
 @router.post("/tokenize")
@@ -96,11 +130,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     model = await server_of(request).models.acquire(body.model)
     try:
         llm = model.loaded.llm
-        if body.messages is not None:
-            plain = [message.model_dump(exclude_none=True) for message in body.messages]
-            ids = llm.tokenizer.encode(prompt_of(llm, plain), add_special=False)
-        else:
-            ids = llm.tokenizer.encode(body.prompt or "", add_special=body.add_special_tokens)
+        ids = await asyncio.to_thread(body.ids_for, llm)
         answer = {"count": len(ids), "max_model_len": llm.context_len, "tokens": ids}
         if body.return_token_strs:
             answer["token_strs"] = [llm.tokenizer.token_bytes(i).decode(errors="replace") for i in ids]
@@ -114,23 +144,18 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
     """The text of token ids, control tokens by their names."""
     model = await server_of(request).models.acquire(body.model)
     try:
-        return {"prompt": model.loaded.llm.tokenizer.decode(body.tokens, skip_special=False)}
+        decode = model.loaded.llm.tokenizer.decode
+        return {"prompt": await asyncio.to_thread(decode, body.tokens, skip_special=False)}
     finally:
         model.release()
 
 
 @router.post("/apply-template")
-async def apply_template(body: TemplateRequest, request: Request) -> dict[str, str]:
-    """The prompt that a conversation becomes."""
+async def apply_template(body: TemplateRequest, request: Request) -> dict[str, Any]:
+    """The prompt that a conversation becomes, as text and in tokens: only they tell control tokens from their names."""
     model = await server_of(request).models.acquire(body.model)
     try:
-        prompt = prompt_of(
-            model.loaded.llm,
-            [message.model_dump(exclude_none=True) for message in body.messages],
-            tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
-            continue_final=body.continue_final_message,
-            variables=body.chat_template_kwargs,
-        )
-        return {"prompt": prompt}
+        prompt = await asyncio.to_thread(body.prompt_for, model.loaded.llm)
+        return {"prompt": prompt.text, "tokens": prompt.ids}
     finally:
         model.release()

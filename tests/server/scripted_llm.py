@@ -16,6 +16,7 @@ from headrace.engine.request import Request
 from headrace.errors import CapacityError
 from headrace.server.app import create_app
 from headrace.server.settings import ServerSettings
+from headrace.text.literals import LiteralFinder
 
 PIECE_LEN = 3  # characters: marks are cut anywhere
 
@@ -30,8 +31,8 @@ class ScriptedLLM:
         self.num_requests, self.max_requests = 0, 4
         self.worker = SimpleNamespace(error=None)
         self.llm = SimpleNamespace(
-            tokenizer=SimpleNamespace(encode=lambda text, add_special: list(text.encode())),
-            chat_template=SimpleNamespace(takes_tools=False, render=_render),
+            tokenizer=SimpleNamespace(encode=lambda text, add_special: list(text.encode()), controls=LiteralFinder({})),
+            chat_template=SimpleNamespace(takes_tools=False, sources=[], render=_render),
             context_len=4096,
         )
 

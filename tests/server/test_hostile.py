@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hmac
 import json
+import logging
 from typing import Any
 
 import pytest
@@ -114,6 +116,40 @@ def test_keys(open_client: Any) -> None:
     for headers in ({"Authorization": "Bearer first"}, {"x-api-key": "second"}):
         assert client.get("/v1/models", headers=headers).status_code == 200
     assert client.get("/health").status_code in (200, 503)
+
+
+def test_every_key_is_compared_in_constant_time(open_client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    client, compared, compare = open_client(api_keys=("first", "second")), [], hmac.compare_digest
+
+    def noted(given: bytes, key: bytes) -> bool:
+        compared.append(key)
+        return compare(given, key)
+
+    monkeypatch.setattr(hmac, "compare_digest", noted)
+    for given, status in (("first", 200), ("second", 200), ("fir", 401), ("\xe9", 401)):
+        compared.clear()
+        raw = f"Bearer {given}".encode("latin-1")
+        assert client.get("/v1/models", headers=[(b"Authorization", raw)]).status_code == status
+        assert compared == [b"first", b"second"]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_prompts_are_in_the_log_only_where_that_was_asked_for(
+    open_client: Any, caplog: pytest.LogCaptureFixture, told: bool
+) -> None:
+    client, said = open_client(log_prompts=told), "the secret of the mill"
+    turns = [{"role": "user", "content": said}]
+    with caplog.at_level(logging.DEBUG, "headrace"):
+        for path, field in (
+            (CHAT, {"messages": turns}),
+            ("/v1/completions", {"prompt": said}),
+            ("/v1/responses", {"input": said}),
+            ("/v1/messages", {"messages": turns, "max_tokens": 2}),
+        ):
+            caplog.clear()
+            limit = {"max_output_tokens": 2} if path.endswith("responses") else {"max_tokens": 2}
+            assert client.post(path, json={"model": "tiny", **field, **limit}).status_code == 200
+            assert (said in caplog.text) is told, path
 
 
 def test_other_sites_are_allowed_by_name_only(open_client: Any) -> None:

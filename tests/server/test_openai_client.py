@@ -95,6 +95,21 @@ def test_completions_of_several_prompts_with_echo(openai: OpenAI, llm: LLM) -> N
     assert "".join(chunk.choices[0].text for chunk in chunks) == expected[0]
 
 
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_the_likeliest_of_several_answers(openai: OpenAI, llm: LLM, logprobs: int | None) -> None:
+    params = SamplingParams(max_tokens=12, temperature=1.0, seed=5, n=2, best_of=4)
+    asked: Any = {"model": "tiny", "max_tokens": 12, "seed": 5, "n": 2, "best_of": 4, "logprobs": logprobs}
+    answer = openai.completions.create(prompt=["a mill", "water"], **asked)
+    expected = [choice.text for prompt in ("a mill", "water") for choice in llm.generate(prompt, params).choices]
+    assert [choice.text for choice in answer.choices] == expected
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert answer.usage.completion_tokens > 4 * 12  # of those that were left out, too
+    for wrong in ({"best_of": 1}, {"stream": True}):
+        with pytest.raises(BadRequestError) as refused:
+            openai.completions.create(prompt="x", **{**asked, **wrong})
+        assert refused.value.param == "best_of"
+
+
 def test_models_are_listed(openai: OpenAI) -> None:
     assert [model.id for model in openai.models.list()] == ["tiny"]
     assert openai.models.retrieve("tiny").owned_by == "headrace"

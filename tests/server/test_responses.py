@@ -48,3 +48,15 @@ def test_what_cannot_be_done_is_refused_by_name(openai: OpenAI, field: str, valu
     with pytest.raises(BadRequestError) as refused:
         openai.responses.create(**{**ASKED, field: value})
     assert refused.value.param == field
+
+
+def test_logprobs_have_the_texts_of_the_answer(openai: OpenAI) -> None:
+    asked: Any = {**ASKED, "include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    answer = openai.responses.create(**asked)
+    told = answer.output[0].content[0].logprobs
+    assert "".join(each.token for each in told) == answer.output_text and len(told) == 12
+    assert all(len(each.top_logprobs) == 2 and each.top_logprobs[0].logprob == each.logprob for each in told)
+    events = list(openai.responses.create(**asked, stream=True))
+    streamed = [each for event in events if event.type == "response.output_text.delta" for each in event.logprobs]
+    assert [each.token for each in streamed] == [each.token for each in told]
+    assert answer.top_logprobs == 2 and not openai.responses.create(**ASKED).output[0].content[0].logprobs
