@@ -33,6 +33,7 @@ class Batch:
         self.sequence_lens = np.zeros(requests, np.int32)
         self.page_table = np.zeros((requests, max_pages), np.int32)
         self.output_rows = np.zeros(outputs, np.int32)
+        self._pages: list[list[int]] = [[] for _ in range(requests)]  # what the rows of the table begin with
         self.clear()
 
     def clear(self) -> None:
@@ -48,28 +49,41 @@ class Batch:
         count, first, request = len(token_ids), self.num_tokens, self.num_requests
         assert 0 <= num_outputs <= count and position + count <= len(pages) * self.page_size
         self._check_room(count, len(pages), num_outputs)
-        table = self.page_table[request]
-        table[: len(pages)] = pages
-        new = slice(first, first + count)
-        self.token_ids[new] = token_ids
+        if self._pages[request] != pages:  # in most steps a row is what it was
+            self.page_table[request, : len(pages)] = pages
+            self._pages[request] = list(pages)
         if count == 1:  # most calls: plain numbers are quicker than arrays of one
+            self.token_ids[first] = token_ids[0]
             self.positions[first] = position
             self.slots[first] = pages[position // self.page_size] * self.page_size + position % self.page_size
         else:
-            positions = np.arange(position, position + count, dtype=np.int32)
-            self.positions[new] = positions
-            self.slots[new] = table[positions // self.page_size] * self.page_size + positions % self.page_size
-        self.output_rows[self.num_outputs : self.num_outputs + num_outputs] = range(
-            first + count - num_outputs, first + count
-        )
+            self._add_many(token_ids, position, self.page_table[request])
+        if num_outputs == 1:
+            self.output_rows[self.num_outputs] = first + count - 1
+        elif num_outputs:
+            new_rows = slice(self.num_outputs, self.num_outputs + num_outputs)
+            self.output_rows[new_rows] = range(first + count - num_outputs, first + count)
         self.sequence_lens[request] = position + count
         self.query_starts[request + 1] = first + count
         self.num_tokens += count
         self.num_requests += 1
         self.num_outputs += num_outputs
 
+    def _add_many(self, token_ids: Sequence[int], position: int, table: np.ndarray) -> None:
+        new = slice(self.num_tokens, self.num_tokens + len(token_ids))
+        positions = np.arange(position, position + len(token_ids), dtype=np.int32)
+        self.token_ids[new], self.positions[new] = token_ids, positions
+        self.slots[new] = table[positions // self.page_size] * self.page_size + positions % self.page_size
+
     def _check_room(self, tokens: int, pages: int, outputs: int) -> None:
         requests, max_pages = self.page_table.shape
+        if (
+            self.num_requests < requests
+            and self.num_tokens + tokens <= len(self.token_ids)
+            and self.num_outputs + outputs <= len(self.output_rows)
+            and pages <= max_pages
+        ):
+            return
         if self.num_requests == requests:
             raise CapacityError(f"requests: expected at most {requests} in a step, got one more", "a larger batch")
         for name, count, used, room in (

@@ -68,7 +68,9 @@ class Engine:
         self._pace = Pace()
         self._made_of = (weights, config, engine, pool)
         self._embedder: Embedder | None = None  # recorded when it is first asked for
-        self._drawn_from: dict[Request, tuple[np.ndarray, int]] = {}  # rows of the last step, and tokens before it
+        self.num_steps, self.step_s = 0, 0.0  # of all steps so far; `runner.native_s` of it was computing
+        self._logits = np.zeros((0, 0), np.float32)  # of the last step
+        self._drawn_from: dict[Request, tuple[int, int]] = {}  # its first row of them, and its tokens before
 
     def again(self, **changes: Any) -> Engine:
         """Another engine on the same weights, with some options changed: no memory but that of its own cache."""
@@ -131,23 +133,27 @@ class Engine:
             if request.finish_reason:
                 self._note_hash(request)
                 del request.logprobs[len(request.token_ids) :]  # of guesses behind its end
+        self.num_steps += 1
+        self.step_s += perf_counter() - started
         return drawing + [copy for request in drawing if request.error for copy in request.copies]
 
-    def _accept(self, logits: np.ndarray, drawn: Sequence[int], parts: Sequence[Part]) -> list[list[int]]:
+    def _accept(self, logits: np.ndarray, drawn: list[int], parts: Sequence[Part]) -> list[list[int]]:
         """The next tokens of each part: those it guessed right and one more; none in the middle of a prompt."""
         tokens, first = list[list[int]](), 0
-        self._drawn_from = {}
+        self._logits, self._drawn_from = logits, {}
         for part in parts:
             request, count = part.request, part.num_draws
             first += part.num_outputs - count
             if part.num_outputs > count:
                 score_prompt(logits[first + count - part.num_outputs : first + count], request)
-            mine = list(drawn[first : first + count])
-            mine = [] if request.error else mine[: num_accepted(request.guesses[: count - 1], mine) + 1]
+            mine = [] if request.error else drawn[first : first + count]
+            if len(mine) > 1:
+                mine = mine[: num_accepted(request.guesses[: count - 1], mine) + 1]
             tokens.append(mine)
-            note_logprobs(logits[first:], request, mine)
+            if request.params.logprobs is not None:
+                note_logprobs(logits[first:], request, mine)
             if mine:
-                self._drawn_from[request] = logits[first : first + len(mine)], len(request.token_ids)
+                self._drawn_from[request] = first, len(request.token_ids)
             first += count
         return tokens
 
@@ -257,20 +263,24 @@ class Engine:
     def _note_hash(self, request: Request) -> None:
         """That of the row its last token was drawn from; rows behind it were of guesses behind its end."""
         if request in self._drawn_from:
-            rows, before = self._drawn_from[request]
-            request.logits_hash = logits_hash(rows[max(len(request.token_ids) - before - 1, 0)])
+            first, before = self._drawn_from[request]
+            last = first + max(len(request.token_ids) - before - 1, 0)
+            request.logits_hash = logits_hash(self._logits[last])
 
 
 def _new_tokens(part: Part) -> NewTokens:
     request, first = part.request, len(part.request.sequence.ids)
     ids = request.ids[first : first + part.count]
-    guesses = request.guesses[: part.count - len(ids)]
-    return NewTokens(request.sequence, [*ids, *guesses], part.num_outputs)
+    if len(ids) < part.count:
+        ids += request.guesses[: part.count - len(ids)]
+    return NewTokens(request.sequence, ids, part.num_outputs)
 
 
 def _rows(part: Part) -> list[Row | None]:
     """What the part's outputs are for: its text with more and more of its guesses, None where nothing is drawn."""
     request, scored = part.request, part.num_outputs - part.num_draws
+    if part.num_outputs == 1 and not scored:
+        return [Row(request)]
     return [*[None] * scored, *(Row(request, tuple(request.guesses[:i])) for i in range(part.num_draws))]
 
 

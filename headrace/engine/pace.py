@@ -36,6 +36,8 @@ class Pace:
 
     def step_s(self, answers: int) -> float | None:
         """Seconds of a step of answers alone, by the nearest number of them that was measured."""
+        if answers in self._step_s:
+            return self._step_s[answers]
         nearest = min(self._step_s, key=lambda count: abs(count - answers), default=None)
         return None if nearest is None else self._step_s[nearest]
 

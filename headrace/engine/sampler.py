@@ -27,7 +27,7 @@ class Answer(Protocol):
     def fail(self, error: HeadraceError) -> None: ...
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Row:
     """A row of logits: the request it is for, and the guesses it has behind its text there."""
 
@@ -57,20 +57,26 @@ class Sampler:
         self._reals, self._integers = settings([SamplingParams(temperature=0)] * rows, [0] * rows, [NOT_DRAWN] * rows)
         self._tokens = np.zeros(rows, np.int32)
         self._requests: list[Answer | None] = [None] * rows  # whose parameters a row has
+        self._late = [False] * rows  # whether it is drawn after the step
         sample_rows(logits, [self._reals, self._integers], self._tokens)
 
     def prepare(self, rows: Sequence[Row | None]) -> None:
         """The next run draws from the first rows of its logits, for these; from None and those behind it does not."""
         self._integers[:, 2] = NOT_DRAWN
         for place, row in enumerate(rows):
-            if row is None or row.late:
+            if row is None:
                 continue
             request = row.request
             if self._requests[place] is not request:
-                reals, integers = settings([request.params], [request.seed], [0])
-                self._reals[place], self._integers[place] = reals[0], integers[0]
-                self._requests[place] = request
-            self._integers[place, 2] = len(request.token_ids) + len(row.ahead)
+                self._settle(place, row)
+            if not self._late[place]:
+                self._integers[place, 2] = len(request.token_ids) + len(row.ahead)
+
+    def _settle(self, place: int, row: Row) -> None:
+        request = row.request
+        reals, integers = settings([request.params], [request.seed], [NOT_DRAWN])
+        self._reals[place], self._integers[place] = reals[0], integers[0]
+        self._requests[place], self._late[place] = request, row.late
 
     def drawn(self, logits: np.ndarray, rows: Sequence[Row | None]) -> list[int]:
         """The next token of each, after the run that left these logits [rows, vocab]; they stay as they are."""
@@ -78,7 +84,7 @@ class Sampler:
         for place, row in enumerate(rows):
             if row is None:
                 continue
-            if row.late:
+            if self._late[place]:
                 tokens[place] = _draw_late(logits[place], row)
             elif tokens[place] == NO_TOKEN:
                 tokens[place] = 0

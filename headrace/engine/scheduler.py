@@ -19,7 +19,7 @@ from headrace.kv_cache.pages import PagePool, pages_needed
 from headrace.kv_cache.prefix import Node, PrefixCache
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Part:
     """What a request gets in a step: its next `count` tokens, its guesses included.
 
@@ -88,20 +88,23 @@ class Scheduler:
     def plan(self, prompt_tokens: int) -> list[Part]:
         """The next step. While requests answer, prompts get at most `prompt_tokens` of it."""
         self._promised = 0
-        answering = sum(1 + len(request.guesses) for request in self.running if request.pending_len == 1)
+        running = [(request, request.pending_len == 1, 1 + len(request.guesses)) for request in self.running]
+        answering = sum(count for _, answers, count in running if answers)
         assert answering <= self._step_tokens, f"{answering} tokens for a step of {self._step_tokens}"
         budget = self._step_tokens - answering
         if answering:
             budget = min(budget, prompt_tokens)
-        spare = self._step_outputs - sum(1 + len(request.guesses) for request in self.running)
+        spare = self._step_outputs - sum(count for _, _, count in running)
         parts = list[Part]()
-        for request in list(self.running):
-            answers = request.pending_len == 1
-            count = 1 + len(request.guesses) if answers else _fitting(request, budget, 1 + spare)
-            if count and request in self.running and self._make_room(request, count):
-                budget -= 0 if answers else count
-                parts.append(_part(request, count))
-                spare -= 0 if answers else max(parts[-1].num_outputs - 1, 0)
+        for place, (request, answers, count) in enumerate(running):
+            if not answers:
+                count = _fitting(request, budget, 1 + spare)
+            # The newest are preempted first, so who has lost its place is behind all that have theirs.
+            if count and place < len(self.running) and self._make_room(request, count):
+                parts.append(Part(request, count, count, count) if answers else _part(request, count))
+                if not answers:
+                    budget -= count
+                    spare -= max(parts[-1].num_outputs - 1, 0)
         while budget > 0 and spare > 0 and self.waiting and len(self.running) < self._step_requests:
             if not self._admit(self.waiting[0]):
                 break
@@ -122,11 +125,15 @@ class Scheduler:
                 request.commit(token)
                 if request.finish_reason:
                     break
-            if drawn:  # what was computed of wrong guesses is not of the text
-                request.sequence.forget(len(request.ids) - 1, self._pool, self._page_size)
-            self._publish(request)
-            request.scored_len = max(request.scored_len, min(len(request.sequence.ids) + 1, len(request.prompt_ids)))
-            if drawn:
+            computed = len(request.sequence.ids)
+            if drawn and computed >= len(request.ids):  # what was computed of wrong guesses is not of the text
+                computed = len(request.ids) - 1
+                request.sequence.forget(computed, self._pool, self._page_size)
+            if computed >= (len(request.nodes) + 1) * self._page_size:
+                self._publish(request)
+            if request.scored_len < len(request.prompt_ids):
+                request.scored_len = max(request.scored_len, min(computed + 1, len(request.prompt_ids)))
+            if drawn and request.copies:
                 self._start_copies(request)
             if request.finish_reason:
                 self.running.remove(request)
@@ -159,7 +166,7 @@ class Scheduler:
     def _make_room(self, request: Request, count: int) -> bool:
         """Pages for the request's next tokens, if need be at the expense of newer ones. False: it was the newest."""
         missing = self._missing(request, count)
-        while not self.make_room(self._promised + missing):
+        while missing and not self.make_room(self._promised + missing):
             if self._preempt() is request:
                 return False
         self._promised += missing
@@ -201,8 +208,8 @@ class Scheduler:
         self._pool.free([tail])
 
     def _missing(self, request: Request, count: int) -> int:
-        sequence = request.sequence
-        return max(0, pages_needed(len(sequence.ids) + count, self._page_size) - len(sequence.pages))
+        room = request.sequence.room(self._page_size)
+        return pages_needed(count - room, self._page_size) if count > room else 0
 
     def _publish(self, request: Request) -> None:
         """The pages it has filled, for others to find. One that is there already is used instead of its own."""
@@ -234,10 +241,9 @@ class Scheduler:
         request.nodes, request.guesses = [], []
 
     def _start_copies(self, request: Request) -> None:
-        if request.copies:
-            self._publish_end(request)
-            self.waiting.extendleft(reversed(request.copies))
-            request.copies = []
+        self._publish_end(request)
+        self.waiting.extendleft(reversed(request.copies))
+        request.copies = []
 
 
 def _fitting(request: Request, tokens: int, outputs: int) -> int:

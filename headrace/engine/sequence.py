@@ -20,6 +20,10 @@ class CachedSequence:
     ids: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
 
+    def room(self, page_size: int) -> int:
+        """How many more tokens its pages hold."""
+        return len(self.pages) * page_size - len(self.ids)
+
     def forget(self, keep_len: int, pool: PagePool, page_size: int) -> None:
         """Drops what is cached beyond the first `keep_len` tokens; pages without any go back to the pool."""
         del self.ids[keep_len:]
@@ -28,7 +32,7 @@ class CachedSequence:
         del self.pages[keep:]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class NewTokens:
     """What a sequence gets in a step. The last `num_outputs` of the tokens give logits."""
 
@@ -60,8 +64,8 @@ def run_step(runner: Runner | Embedder, pool: PagePool, parts: Sequence[NewToken
 
 
 def _pages_missing(part: NewTokens, page_size: int) -> int:
-    sequence = part.sequence
-    return max(0, pages_needed(len(sequence.ids) + len(part.ids), page_size) - len(sequence.pages))
+    over = len(part.ids) - part.sequence.room(page_size)
+    return pages_needed(over, page_size) if over > 0 else 0
 
 
 def _run(
@@ -71,5 +75,6 @@ def _run(
     runner.batch.clear()
     for part, count in zip(parts, missing, strict=True):
         sequence = part.sequence
-        runner.batch.add(part.ids, len(sequence.ids), [*sequence.pages, *islice(rest, count)], part.num_outputs)
+        pages = [*sequence.pages, *islice(rest, count)] if count else sequence.pages
+        runner.batch.add(part.ids, len(sequence.ids), pages, part.num_outputs)
     return runner.run()

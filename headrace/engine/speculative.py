@@ -44,13 +44,15 @@ class Guesser:
         wanting = list[tuple[Request, int]]()
         for request in running:
             request.guesses = []
-            most = min(self._allowed(request), room) if pace.step_s(1) is not None else 0
-            if most > 0:
-                room -= most
-                wanting.append((request, most))
+            if request.params.speculate and pace.step_s(1) is not None:
+                most = min(self._allowed(request), room)
+                if most > 0:
+                    room -= most
+                    wanting.append((request, most))
         for (request, most), guesses in zip(wanting, self._guess(wanting), strict=True):
             request.guesses = guesses[:most]
-        self._known = {request: known for request, known in self._known.items() if not request.finish_reason}
+        if self._known:
+            self._known = {request: known for request, known in self._known.items() if not request.finish_reason}
 
     def learn(self, parts: Sequence[Part], tokens: Sequence[Sequence[int]], seconds: float, pace: Pace) -> None:
         """What became of the guesses in a step that took so long."""
@@ -65,7 +67,7 @@ class Guesser:
                 self._known[request][1].observe(right, seconds / alone)
 
     def _allowed(self, request: Request) -> int:
-        if not request.params.speculate or request.pending_len != 1 or request.edits.constraint:
+        if request.pending_len != 1 or request.edits.constraint:
             return 0
         _, trust = self._known.setdefault(request, (Lookup(), Trust(request.params.speculate)))
         left = min(request.most_tokens - len(request.ids), request.params.max_tokens - len(request.token_ids))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from headrace.server.registry import ServedModel
 
@@ -71,3 +72,18 @@ class _Gauges:
             used.add_metric(name, max(0.0, held / engine.pool.num_pages))
             preempted.add_metric(name, engine.scheduler.num_preemptions)
         yield from (running, waiting, used, preempted)
+        yield from self._steps()
+
+    def _steps(self) -> Iterator[Metric]:
+        """What steps have taken; asked for on the event loop, whose own time is one of them."""
+        steps = CounterMetricFamily("headrace:engine_steps", "Steps of the engine.", labels=["model_name"])
+        whole = CounterMetricFamily("headrace:engine_step_seconds", "What they took.", labels=["model_name"])
+        native = CounterMetricFamily("headrace:engine_native_seconds", "Computing in them.", labels=["model_name"])
+        for model in self._models:
+            if model.llm is not None:
+                engine, name = model.llm.worker.engine, [model.name]
+                steps.add_metric(name, engine.num_steps)
+                whole.add_metric(name, engine.step_s)
+                native.add_metric(name, engine.runner.native_s)
+        loop = CounterMetricFamily("headrace:event_loop_cpu_seconds", "CPU of text and HTTP.", value=time.thread_time())
+        yield from (steps, whole, native, loop)
