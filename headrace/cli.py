@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from headrace.bench.serving_load import ServingOptions
 from headrace.config import EngineConfig, SamplingParams
 from headrace.errors import ArgumentError, UnsupportedError
 from headrace.options import HELP, ExplainOptions, LoadOptions, numbers, words
@@ -254,6 +255,20 @@ def bench_versus(
     output = "json" if as_json else "markdown" if markdown else "text"
     with ProgressLine() as progress:
         bench_versus(model or ["smollm2"], plan, types=words(types), output=output, progress=progress)
+
+
+@verb(bench, "serving")
+def bench_serving(
+    load: ServingOptions,
+    loading: LoadOptions,
+    model: Annotated[str | None, typer.Option("-m", "--model", help="As for run; with --url, its name there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Load a server with many clients: latencies, tokens/s, goodput, and what it adds to a step."""
+    from headrace.bench.serving import bench_serving
+
+    with ProgressLine() as progress:
+        bench_serving(model, load, loading, json_only=as_json, progress=progress)
 
 
 @verb(bench, "ops")

@@ -11,6 +11,7 @@ import numpy as np
 from headrace.bench.accuracy import divergence
 from headrace.bench.batches import Together
 from headrace.bench.model import check_model, greedy, prefill_speed, work_of
+from headrace.bench.peer_answers import answer, answer_async
 from headrace.bench.peers import FEWEST_STEPS, Opening, steps_per_s
 from headrace.engine.sequence import CachedSequence
 from headrace.kernels import cpu
@@ -100,3 +101,15 @@ class Headrace:
 
     def divergence(self, exact: str, ids: list[int]) -> list[float]:
         return [float(x) for x in divergence(np.load(exact, mmap_mode="r"), self._llm.logits(ids))]
+
+    def answer(self, prompts: list[list[int]], answer_len: int) -> dict[str, Any]:
+        """Answers all prompts at once by the engine alone. seconds: of all of it. parts: of a step."""
+        return answer(self._fresh(), prompts, answer_len)
+
+    def answer_async(self, prompts: list[list[int]], answer_len: int) -> dict[str, Any]:
+        """The same through AsyncLLM."""
+        return answer_async(self._fresh(), prompts, answer_len)
+
+    def _fresh(self) -> LLM:
+        self._llm.engine.clear()
+        return self._llm

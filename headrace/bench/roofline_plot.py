@@ -13,18 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from headrace.bench.figure import check_target, new_figure, save
 from headrace.bench.model import ModelBench, check_model
 from headrace.bench.roofline import measured_machine
 from headrace.bench.step import ExplainedStep, OpTime, Roofs, explained_steps, roofs_of
-from headrace.errors import ArgumentError, HeadraceError
 from headrace.machine import Machine
 from headrace.talk import ProgressLine
-from headrace.weights.whole_file import whole_file
 
 if TYPE_CHECKING:
     from headrace.llm import LLM
 
-FORMATS = ("svg", "png", "pdf")
 _SAME_RATE = 0.2  # lines closer than this would be one
 _MARKS = {"prefill": "^", "decode": "o"}
 
@@ -36,8 +34,7 @@ def bench_roofline(
 
     Raises ArgumentError for another ending or a folder that cannot be written to, HeadraceError without matplotlib.
     """
-    _check_target(out)
-    _matplotlib()
+    check_target(out)
     from headrace.llm import LLM
 
     llm = LLM(model, threads=threads, context_len=plan.context_len, kv_dtype=plan.kv_dtype, progress=progress)
@@ -60,7 +57,8 @@ def draw(
     slopes: Mapping[str, float] | None = None,
 ) -> None:
     """Draws the steps under the roofs. slopes: read bandwidths in bytes/s by what they are called."""
-    figure, axes = _matplotlib()(figsize=(11, 7), layout="constrained")
+    figure = new_figure(figsize=(11, 7))
+    axes = figure.add_subplot()
     points = {step.title: [op for op in step.ops if op.part.traffic.flops and op.measured_s] for step in steps}
     across = _span(points.values(), roofs)
     axes.set(xscale="log", yscale="log", title=title, xlabel="FLOP per byte moved", ylabel="FLOP/s")
@@ -68,8 +66,7 @@ def draw(
     _draw_roofs(axes, across, roofs, slopes or {"read": roofs.read})
     _scatter(axes, steps, points)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-    with whole_file(out) as file:
-        figure.savefig(file, format=out.suffix[1:].lower())
+    save(figure, out)
 
 
 def _draw_roofs(axes: Any, across: np.ndarray, roofs: Roofs, slopes: Mapping[str, float]) -> None:
@@ -131,27 +128,3 @@ def _slopes(llm: LLM, machine: Machine) -> dict[str, float]:
         if rate and all(abs(rate / other - 1) > _SAME_RATE for other in found.values()):
             found[f"read {size / 1e6:.3g} MB"] = rate
     return found
-
-
-def _check_target(out: Path) -> None:
-    if out.suffix[1:].lower() not in FORMATS:
-        endings = ", ".join(f".{name}" for name in FORMATS)
-        raise ArgumentError(f"out: expected a file that ends in one of {endings}, got {str(out)!r}")
-    if not out.parent.is_dir():
-        raise ArgumentError(f"out: there is no folder {str(out.parent)!r}")
-
-
-def _matplotlib() -> Any:
-    """A function that makes a figure and its axes, without a display."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise HeadraceError(
-            "matplotlib is not installed: nothing can be drawn", 'pip install "headrace[plot]"'
-        ) from error
-
-    def figure_and_axes(**options: Any) -> tuple[Any, Any]:
-        figure = Figure(**options)
-        return figure, figure.add_subplot()
-
-    return figure_and_axes

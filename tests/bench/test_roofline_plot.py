@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from headrace import cli
-from headrace.bench import roofline_plot
+from headrace.bench import figure, roofline_plot
 from headrace.bench.model import ModelBench
 from headrace.bench.roofline_plot import bench_roofline, draw
 from headrace.bench.step import ExplainedStep, OpTime, Roofs
@@ -78,7 +78,7 @@ def test_one_point_for_each_op_that_computes(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("ending", roofline_plot.FORMATS)
+@pytest.mark.parametrize("ending", figure.FORMATS)
 def test_the_ending_says_what_is_written(ending: str, tmp_path: Path) -> None:
     out = tmp_path / f"drawn.{ending}"
     draw([explained("decode", [("down", Traffic(100, 200), 1e-6)])], ROOFS, out, title="x")

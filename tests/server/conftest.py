@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +17,7 @@ from scripted_llm import ScriptedServer
 from starlette.testclient import TestClient
 
 from headrace import AsyncLLM
+from headrace.bench.peer_process import module_command
 from headrace.check.fakes import TinyModel, write_tiny_model
 from headrace.server.app import create_app
 from headrace.server.settings import ServerSettings
@@ -64,9 +64,9 @@ class Process:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{self.port}.log"
-        command = [sys.executable, "-m", "headrace", "serve", "--port", str(self.port), *arguments]
+        command, environment = module_command("headrace", "serve", "--port", str(self.port), *arguments)
         with self.log.open("wb") as log:
-            self.popen = subprocess.Popen(command, stderr=log, stdout=log)
+            self.popen = subprocess.Popen(command, stderr=log, stdout=log, env=environment)
 
     def ready(self) -> Process:
         """Returns when the model is loaded."""
