@@ -52,11 +52,14 @@ def bench_serving(
 def serve_arguments(options: ServingOptions, loading: LoadOptions) -> list[str]:
     """What a server that is started here is told: room for all of the load."""
     given = {"max_concurrency": options.concurrency, "max_queue": options.requests, **asdict(loading)}
-    return [part for name, value in given.items() if value is not None for part in (_flag(name), str(value))]
+    return [part for name, value in given.items() for part in _argument(name, value)]
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def _argument(name: str, value: Any) -> list[str]:
+    flag = "--" + name.replace("_", "-")
+    if value is None or isinstance(value, bool):
+        return [flag] if value else []
+    return [flag, str(value)]
 
 
 def _check(options: ServingOptions, peers: Sequence[str]) -> None:
