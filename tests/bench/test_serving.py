@@ -15,7 +15,7 @@ import pytest
 from headrace import cli
 from headrace.bench import serving_turns
 from headrace.bench.peer_answers import answer, answer_async
-from headrace.bench.serving import bench_serving
+from headrace.bench.serving import bench_serving, serve_arguments
 from headrace.bench.serving_client import Asked, Load, Target
 from headrace.bench.serving_host import target_of
 from headrace.bench.serving_load import ServingOptions
@@ -193,3 +193,10 @@ def test_addresses() -> None:
 def test_what_cannot_be_measured_is_said(given: dict[str, Any], error: str) -> None:
     with pytest.raises(HeadraceError, match=error):
         bench("no/such/model.gguf" if not given else None, **given)
+
+
+def test_a_server_is_told_how_to_load_its_model() -> None:
+    loading = LoadOptions(threads=3, batch_invariant=True)
+    told = serve_arguments(ServingOptions(concurrency=5, requests=9), loading)
+    assert told[:6] == ["--max-concurrency", "5", "--max-queue", "9", "--threads", "3"]
+    assert "--batch-invariant" in told and "True" not in told and "--context-len" not in told

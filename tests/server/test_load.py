@@ -27,7 +27,6 @@ import uvicorn
 
 from headrace import LLM, AsyncLLM, SamplingParams
 from headrace.async_llm import AsyncStream
-from headrace.bench.batches import varying_parts
 from headrace.bench.serving_client import Asked, Load, Outcome, Target
 from headrace.bench.serving_load import words
 from headrace.check.fakes import TinyModel, write_tiny_model
@@ -81,7 +80,6 @@ def texts(lens: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
 
 def answered(llm: LLM, asked: Sequence[tuple[str, int]], *, ignore_eos: bool = False) -> list[Expected]:
     """The answers to these prompts, one after the other."""
-    assert not varying_parts(llm), "what an answer is alone depends on its company here"
     expected = list[Expected]()
     for prompt, answer_len in asked:
         completion = llm.generate(prompt, SamplingParams(max_tokens=answer_len, ignore_eos=ignore_eos))
@@ -154,7 +152,7 @@ def serving(path: Path, **options: Any) -> Iterator[tuple[int, AsyncLLM]]:
     made: list[AsyncLLM] = []
 
     def load(source: str) -> AsyncLLM:
-        made.append(AsyncLLM(path, **options))
+        made.append(AsyncLLM(path, batch_invariant=True, **options))
         return made[-1]
 
     app = create_app([f"m={path}"], load, ServerSettings())
@@ -197,7 +195,7 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny(tiny_path: Path) -> Iterator[LLM]:
-    llm = LLM(tiny_path, threads=1)
+    llm = LLM(tiny_path, threads=1, batch_invariant=True)
     yield llm
     llm.close()
 
@@ -238,7 +236,7 @@ def test_sigterm_loses_nothing_that_was_accepted(
     tiny_path: Path, tiny: LLM, tmp_path: Path, start_process: Callable[..., Any]
 ) -> None:
     expected = answered(tiny, texts([(3 + i, 900) for i in range(24)]), ignore_eos=True)
-    options = ["--threads", "1", "--drain-timeout", "300"]
+    options = ["--threads", "1", "--batch-invariant", "--drain-timeout", "300"]
     process = start_process("-m", f"m={tiny_path}", *options, folder=tmp_path).ready()
     sendings = [each.sending for each in expected]
     outcomes: list[Outcome] = []
@@ -275,7 +273,7 @@ PAGE_BYTES = 64 * 30 * 2 * 3 * 64 * 2  # of SmolLM2-135M: tokens, layers, keys a
 @pytest.fixture(scope="module")
 def default_expected(default_model_path: Path) -> list[Expected]:
     """Half of the answers are as short as a word; one in ten outgrows a page of the cache."""
-    chance, llm = random.Random(7), LLM(default_model_path)
+    chance, llm = random.Random(7), LLM(default_model_path, batch_invariant=True)
     longest = [120, *[24] * 4, *[8] * 5]
     try:
         lens = [(chance.randint(1, 60), chance.randint(1, longest[i % 10])) for i in range(120)]
@@ -314,7 +312,7 @@ def started(
     running: list[Any] = []
 
     def start(*options: str) -> Any:
-        running.append(start_process("-m", f"m={default_model_path}", *options, folder=tmp_path))
+        running.append(start_process("-m", f"m={default_model_path}", "--batch-invariant", *options, folder=tmp_path))
         return running[-1].ready()
 
     yield start
