@@ -10,7 +10,7 @@ which noise says most, counts little. More than twice as many tokens as were tri
 
 from __future__ import annotations
 
-_MOST_SLOWDOWN = 2.0
+_MOST_SLOWDOWN = 1.8  # of the 2 that answers may be held up: what is measured varies
 _FIRST_TOKENS = 8  # before anything is known
 _MEMORY = 0.8  # how much of an estimate the next measurement leaves
 

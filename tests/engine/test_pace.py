@@ -40,7 +40,7 @@ def test_a_step_with_a_prompt_takes_at_most_twice_as_long(alone_s: float, share:
 @given(seconds, shares)
 def test_a_prompt_enters_as_fast_as_that_allows(alone_s: float, share: float) -> None:
     counts = [tokens for tokens, _ in entering(alone_s, lambda tokens: tokens * share * alone_s)]
-    most = int(1 / share * (1 - 1e-9))
+    most = int(0.8 / share * (1 - 1e-9))
     assert all(now >= min(most, 2 * before) for before, now in pairwise(counts[:-1]))
 
 
@@ -63,7 +63,7 @@ def test_prompts_enter_on_a_machine_that_others_use_too(seed: int) -> None:
     for _ in range(200):
         counts.append(pace.prompt_tokens(ANSWERS))
         pace.observe(ANSWERS, counts[-1], noisy_s(counts[-1]))
-    assert min(counts) >= ANSWERS and fmean(counts) >= 8  # 20 where nothing disturbs
+    assert min(counts) >= ANSWERS and fmean(counts) >= 6  # 16 where nothing disturbs
 
 
 def test_a_slow_moment_is_forgotten() -> None:
