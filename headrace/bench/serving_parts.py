@@ -37,7 +37,7 @@ class Reading:
     def of(cls, engine: Engine, *, on_loop: bool) -> Reading:
         """Those of an engine in this process; on_loop: this thread is the event loop's."""
         loop_s = thread_time() if on_loop else 0.0
-        return cls(perf_counter(), engine.num_steps, engine.step_s, engine.runner.native_s, loop_s)
+        return cls(perf_counter(), engine.num_steps, engine.busy_s, engine.runner.native_s, loop_s)
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,11 @@ class Engine:
             step_outputs=len(self.runner.batch.output_rows),
         )
         self.guesser = Guesser(drafts, len(self.runner.batch.output_rows))
-        self.busy_s = 0.0  # that steps have taken so far
         self._pace = Pace()
         self._made_of = (weights, config, engine, pool)
         self._embedder: Embedder | None = None  # recorded when it is first asked for
-        self.num_steps, self.step_s = 0, 0.0  # of all steps so far; `runner.native_s` of it was computing
+        self.num_steps = 0
+        self.busy_s = 0.0  # that steps have taken so far; `runner.native_s` of it was computing
         self._logits = np.zeros((0, 0), np.float32)  # of the last step
         self._drawn_from: dict[Request, tuple[int, int]] = {}  # its first row of them, and its tokens before
 
@@ -121,7 +121,6 @@ class Engine:
         logits = run_step(self.runner, self.pool, [_new_tokens(part) for part in parts])
         tokens = self._accept(logits, self.runner.sampler.drawn(logits, rows), parts)
         seconds = perf_counter() - started
-        self.busy_s += seconds
         for part in parts:
             part.request.add_seconds(seconds)
         self.guesser.learn(parts, tokens, seconds, self._pace)
@@ -134,7 +133,7 @@ class Engine:
                 self._note_hash(request)
                 del request.logprobs[len(request.token_ids) :]  # of guesses behind its end
         self.num_steps += 1
-        self.step_s += perf_counter() - started
+        self.busy_s += perf_counter() - started
         return drawing + [copy for request in drawing if request.error for copy in request.copies]
 
     def _accept(self, logits: np.ndarray, drawn: list[int], parts: Sequence[Part]) -> list[list[int]]:

@@ -83,7 +83,7 @@ class _Gauges:
             if model.llm is not None:
                 engine, name = model.llm.worker.engine, [model.name]
                 steps.add_metric(name, engine.num_steps)
-                whole.add_metric(name, engine.step_s)
+                whole.add_metric(name, engine.busy_s)
                 native.add_metric(name, engine.runner.native_s)
         loop = CounterMetricFamily("headrace:event_loop_cpu_seconds", "CPU of text and HTTP.", value=time.thread_time())
         yield from (steps, whole, native, loop)

@@ -141,7 +141,7 @@ def test_steps_are_counted_and_computing_is_a_part_of_them(path: Path) -> None:
     llm = LLM(path, threads=1)
     answer(llm, [[40, 41]], 5)
     engine = llm.engine
-    assert engine.num_steps == 5 and 0 < engine.runner.native_s < engine.step_s
+    assert engine.num_steps == 5 and 0 < engine.runner.native_s < engine.busy_s
 
 
 def test_what_goes_wrong_is_counted_by_kind(silent: Silent) -> None:
