@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from headrace.server.guard import is_local, timed_protocol
 from headrace.server.settings import ServeOptions, read_bytes
 
 _SWITCH_S = 0.0005  # the engine's thread must not wait for the others as long as Python would have it
+_MOST_GARBAGE = 2000  # objects: requests that are refused leave cycles behind, with the bodies they were sent
 
 
 def serve(models: Sequence[str], options: ServeOptions, open_model: Callable[..., LLM]) -> None:
@@ -42,6 +44,7 @@ def serve(models: Sequence[str], options: ServeOptions, open_model: Callable[...
             "no API key: anyone who can reach %s:%d can use this server (--api-key)", options.host, options.port
         )
     sys.setswitchinterval(_SWITCH_S)
+    gc.set_threshold(_MOST_GARBAGE)
     config = uvicorn.Config(
         app,
         host=options.host,
