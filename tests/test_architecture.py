@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -48,6 +49,11 @@ def layers_of(source):
         for line, name in rules.imported_modules(source):
             if name.startswith("headrace."):
                 yield line, name.split(".")[1]
+
+
+def test_no_two_test_files_have_one_name():
+    names = Counter(path.name for path in (layout.ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == [], "pytest imports them by name"
 
 
 def test_the_map_in_the_readme_is_true(sources):
