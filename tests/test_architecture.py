@@ -90,7 +90,24 @@ def test_nothing_in_headrace_loads_an_extra(sources):
     optional = "headrace.server."  # a package that the extra [server] is for
     modules = [s.module for s in sources if s.path.startswith("headrace/") and s.path.endswith(".py")]
     modules = [name for name in modules if not name.startswith(optional) or name == optional + "settings"]
+    modules = [name for name in modules if not rules.SPEAKS_TORCH.match(name)]
     assert loaded(EXTRAS, *(name for name in modules if not name.endswith("__main__"))) == []
+
+
+ATTENTION_OF_NUMPY = """
+import sys
+import numpy as np
+from headrace import ops
+array = np.ones((1, 3, 2, 8), np.float32)
+ops.merge_attention([ops.attention(array, array, array, causal=True)])
+print(*sorted(set(sys.argv[1].split(",")) & set(sys.modules)))
+"""
+
+
+def test_ops_of_numpy_arrays_load_no_extras():
+    command = [sys.executable, "-c", ATTENTION_OF_NUMPY, EXTRAS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 
 def test_the_watch_sees_what_is_loaded():
@@ -130,6 +147,9 @@ BAD = {
         DOC + "try:\n    from triton import jit\nexcept ImportError:\n    pass\n",
         "imports triton at module level",
     ),
+    "headrace/ops/through.py": (DOC + "from headrace.ops import torch_paged\n", "imports headrace.ops.torch_paged at module level"),
+    "headrace/models/theirs.py": (DOC + "import headrace.compat.sdpa\n", "imports headrace.compat.sdpa at module level"),
+    "headrace/compat/sdpa.py": (DOC + "import torch\nimport transformers\n", "imports transformers at module level"),
     "headrace/ops/in_class.py": (DOC + "class A:\n    import ray\n", "imports ray at module level"),
     "headrace/ops/long.py": (long_function(81), "f has 81 lines, more than 80"),
     "headrace/kernels/cpu/long.py": (long_function(151), "f has 151 lines, more than 150"),
@@ -168,6 +188,9 @@ def test_each_rule_is_seen_to_be_broken(path):
 GOOD = {
     "headrace/ops/norm.py": "from headrace.kernels import cpu\nfrom headrace.ops import select\n",
     "headrace/ops/late.py": "def f():\n    import torch\n    from headrace.kernels.cpu import norm\n",
+    "headrace/ops/lazy.py": "def f():\n    from headrace.ops import torch_paged\n",
+    "headrace/ops/torch_paged.py": "import torch\nfrom headrace.ops import torch_attention\n",
+    "headrace/compat/transformers.py": "import torch\nimport transformers\nfrom headrace.compat import sdpa\n",
     "headrace/machine.py": "from headrace.kernels.cpu import _native\nimport numpy as np\nimport os\n",
     "headrace/weights/load.py": "def f(a, b, c, d, e, *, g):\n    def h(self, a, b, c, d, e): ...\n",
     "headrace/kernels/cpu/linear.py": "def run(a, b, c, d, e, f, g): ...\n",

@@ -43,6 +43,10 @@ PAGE = "headrace/server/page/"  # no modules: files for browsers
 
 # What a plain install brings; anything else is imported inside the function that needs it.
 INSTALLED = {"headrace", "numpy", "ml_dtypes", "tokenizers", "jinja2", "typer", "rich", "click"}
+# Files that speak torch: they import it at module level, and nobody else imports them there, so that all the rest starts
+# without it. Code for other people's models may need their library too.
+SPEAKS_TORCH = re.compile(r"headrace\.(ops\.torch_|compat\.)")
+THEIR_LIBRARIES = {"headrace.compat.transformers": "transformers"}
 # What the extra [server] brings: a server is nothing without it, and nobody else imports its package at module level.
 SERVER = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"}
 
@@ -152,12 +156,23 @@ def _top(module: str) -> str:
 
 
 def check_optional(source: Source) -> Iterator[str]:
-    """Importing a file imports nothing that a plain install lacks."""
-    there = INSTALLED | SERVER if source.path.startswith("headrace/server/") else INSTALLED
+    """Importing a file imports nothing that a plain install lacks, itself or through a file that speaks torch."""
+    there = INSTALLED | _extras_of(source)
     for line, name in imported_modules(source, module_level=True):
         top = name.partition(".")[0]
         if top and top not in there and top not in sys.stdlib_module_names and top != "__future__":
             yield f"line {line}: imports {top} at module level; import it inside the function that needs it"
+        if SPEAKS_TORCH.match(name) and "torch" not in there:
+            yield f"line {line}: imports {name} at module level, which imports torch; import it inside the function"
+
+
+def _extras_of(source: Source) -> set[str]:
+    """What else importing a file may import."""
+    if source.path.startswith("headrace/server/"):
+        return SERVER
+    if not SPEAKS_TORCH.match(source.module):
+        return set()
+    return {"torch", THEIR_LIBRARIES.get(source.module, "torch")}
 
 
 # Sizes
