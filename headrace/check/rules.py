@@ -40,11 +40,12 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGES = {"kernels", "ops", "kv_cache", "compat", "models", "weights", "text", "engine", "server", "check", "bench"}
 NATIVE = "headrace.kernels.cpu._native"  # imports nothing of ours: below everything
 PAGE = "headrace/server/page/"  # no modules: files for browsers
+COMPAT = "headrace/compat/"  # folders as others have them: import lines name them
 
 # What a plain install brings; anything else is imported inside the function that needs it.
 INSTALLED = {"headrace", "numpy", "ml_dtypes", "tokenizers", "jinja2", "typer", "rich", "click"}
-# Files that speak torch: they import it at module level, and nobody else imports them there, so that all the rest starts
-# without it. Code for other people's models may need their library too.
+# Files that speak torch: they import it at module level, and nobody else imports them there, so that all the rest
+# starts without it. Code for another library's models may need that one too.
 SPEAKS_TORCH = re.compile(r"headrace\.(ops\.torch_|compat\.)")
 THEIR_LIBRARIES = {"headrace.compat.transformers": "transformers"}
 # What the extra [server] brings: a server is nothing without it, and nobody else imports its package at module level.
@@ -244,6 +245,8 @@ def check_names(source: Source) -> Iterator[str]:
     if vague:
         yield f"named {', '.join(sorted(vague))}: shared code has a name of its own"
     deepest = 4 if source.in_kernels or source.path.startswith(PAGE) else 3
+    if source.path.startswith(COMPAT):
+        deepest = 5
     if path.parts[0] == "headrace" and len(path.parts) > deepest:
         yield f"lies deeper than {deepest - 1} folders"
 
