@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from headrace.config import EngineConfig, ModelConfig
@@ -44,9 +46,12 @@ class Runner:
         self.program.finish()
         self._logits = recorded.tensor.numpy()
         self.native_s = 0.0  # of all runs together
+        self.on_launch: Callable[[], None] | None = None  # as a run begins: other threads have time for Python now
 
     def run(self) -> np.ndarray:
         """Runs the batch as it stands and returns its logits [outputs, vocab], valid until the next run."""
+        if self.on_launch is not None:
+            self.on_launch()
         self.native_s += self.program.run(self.batch.sizes)
         return self._logits[: self.batch.num_outputs]
 

@@ -3,6 +3,9 @@
 The engine is not for several threads at once, so everything that touches it happens here, between steps. A step tells
 all readers of a loop with one call: how many tokens their requests have by now. Who reads slowly finds more of them at
 the next look; nobody waits for anybody.
+
+Readers are told when the next step begins to compute, not before: Python has one thread at a time, and until then it is
+the engine's.
 """
 
 from __future__ import annotations
@@ -87,6 +90,8 @@ class Worker:
         self.error: BaseException | None = None  # why it stopped for good
         self.num_steps = 0
         self._tickets: dict[Request, Ticket] = {}
+        self._untold: list[Ticket] = []  # whose readers do not know yet
+        engine.runner.on_launch = self._tell_news
         self._inbox: list[Callable[[], None]] = []
         self.num_calls = 0  # in pieces, that have not ended
         self._calls: deque[_Call] = deque()
@@ -167,6 +172,8 @@ class Worker:
                 self._handle_inbox()
                 if self.engine.has_work:
                     self._step()
+                if self._untold and (self._calls or not self.engine.has_work):
+                    self._tell_news()
                 if self._calls:
                     self._advance(self._calls[0])
         except Exception as error:  # what should never happen must not leave readers waiting
@@ -198,15 +205,15 @@ class Worker:
             self._fail(error)
             return
         self.num_steps += 1
-        changed = []
         for request in requests:
             ticket = self._tickets.get(request)
             if ticket is not None:
                 ticket.state, ticket.error = (len(request.token_ids), request.finish_reason), request.error
-                changed.append(ticket)
+                self._untold.append(ticket)
                 if request.finish_reason:
                     self._tickets.pop(request, None)
-        self._tell(changed)
+        if not requests:
+            self._tell_news()
 
     def _advance(self, call: _Call) -> None:
         if call.advance():
@@ -235,6 +242,7 @@ class Worker:
         self._tell(tickets)
 
     def _cancel_all(self) -> None:
+        self._tell_news()
         tickets = self._take_all()
         for ticket in tickets:
             self.engine.cancel(ticket.request)
@@ -243,6 +251,7 @@ class Worker:
 
     def _fail(self, error: Exception) -> None:
         """Every reader learns of an error of the engine; it goes on without their requests."""
+        self._tell_news()
         tickets = self._take_all()
         for ticket in tickets:
             ticket.error = error
@@ -253,6 +262,10 @@ class Worker:
     def _take_all(self) -> list[Ticket]:
         taken = [self._tickets.pop(request, None) for request in list(self._tickets)]
         return [ticket for ticket in taken if ticket is not None]  # readers take theirs out meanwhile
+
+    def _tell_news(self) -> None:
+        tickets, self._untold = self._untold, []
+        self._tell(tickets)
 
     def _tell(self, tickets: Iterable[Ticket]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
