@@ -195,6 +195,7 @@ GOOD = {
     "headrace/ops/norm.py": "from headrace.kernels import cpu\nfrom headrace.ops import select\n",
     "headrace/ops/late.py": "def f():\n    import torch\n    from headrace.kernels.cpu import norm\n",
     "headrace/compat/flash_attn/layers/rotary.py": "import torch\n",
+    "headrace/compat/flash_mla.py": "def f(a, b, c, d, e, g): ...\n",
     "headrace/ops/lazy.py": "def f():\n    from headrace.ops import torch_paged\n",
     "headrace/ops/torch_paged.py": "import torch\nfrom headrace.ops import torch_attention\n",
     "headrace/compat/transformers.py": "import torch\nimport transformers\nfrom headrace.compat import sdpa\n",

@@ -1,1 +1,1 @@
-"""Other libraries' signatures over headrace's ops, on CPU tensors of torch: replace an import line, keep the program."""
+"""Other libraries' signatures over headrace's ops, on CPU tensors of torch: replace an import, keep the program."""
