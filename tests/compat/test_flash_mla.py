@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from paged_oracle import Request, hold, indptr, near, normal, of_requests, signature
+from paged_oracle import Request, hold, indptr, near, normal, signature
 
 from headrace.compat import flash_mla
 from headrace.compat.flash_mla import (
@@ -324,21 +324,3 @@ def test_dropout_is_refused():
     arrays, _ = varlen()
     with pytest.raises(NotImplementedError, match="dropout_p"):
         flash_attn_varlen_func(*arrays, dropout_p=0.1)
-
-
-def test_gradients_of_varlen():
-    arrays, requests = varlen()
-    wanted = [array.clone().requires_grad_() for array in arrays[:3]]
-    out, _ = flash_attn_varlen_func(*wanted, *arrays[3:], causal=True)
-    d_out = normal(*out.shape, seed=9)
-    got = torch.autograd.grad((out * d_out).sum(), wanted)
-    exact, plain = (plain_gradients(arrays, requests, d_out, dtype) for dtype in (torch.float64, torch.float32))
-    for each in zip(got, exact, plain, strict=True):
-        near(*each)
-
-
-def plain_gradients(arrays, requests, d_out, dtype):
-    q, k, v = inputs = [array.to(dtype).requires_grad_() for array in arrays[:3]]
-    ends = list(zip(arrays[3].tolist(), arrays[4].tolist(), strict=True))
-    parts = [Request(q[a:c], k[b:d], v[b:d], {"causal": True}) for (a, b), (c, d) in pairwise(ends)]
-    return torch.autograd.grad((of_requests(parts, dtype)[0] * d_out.to(dtype)).sum(), inputs)
