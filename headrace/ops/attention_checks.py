@@ -14,7 +14,7 @@ from headrace.kernels.cpu.arrays import Buffer, dtype_name, shape_of
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 QUANTIZED = ("float8_e4m3fn", "int8", "uint8")  # uint8: two 4-bit codes
-MASKS = ("bool", "float32", "float16", "bfloat16")
+MASKS = ("bool", "float32", "float16", "bfloat16", "float64")  # the last with float64 queries alone
 
 Shape = tuple[int, ...]
 

@@ -1,0 +1,1 @@
+"""Where FlashAttention has its rotary embedding: `flash_attn.layers.rotary`."""
