@@ -65,10 +65,12 @@ def test_the_version_is_that_of_the_package():
 
 
 NAMES_OF_OPS = [
+    "AttentionGradients",
     "AttentionResult",
     "append_latent_pages",
     "append_pages",
     "attention",
+    "attention_backward",
     "choices",
     "explain",
     "merge_attention",

@@ -7,8 +7,8 @@ same size. Numbers are random and normal.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,9 @@ class Work:
     parts: Sequence[Part]
     causal: bool
     scale: float
-    run: Callable[[], Any]  # gives out, [all queries in order, heads, value_dim]
+    run: Callable[[], Any]  # gives out, [all queries in order, heads, value_dim]; of a backward its gradients
     explain: Callable[[], Explanation]
+    beside: Mapping[str, Any] = field(default_factory=dict)  # other arrays by name: what a backward is given
 
 
 @dataclass(frozen=True)
@@ -61,24 +62,33 @@ class SpeedCase:
         return self.query_lens[0] > 1
 
     @property
+    def backward(self) -> bool:
+        return self.op == "attention_backward"
+
+    @property
     def unit(self) -> str:
         """The arithmetic that the roof is of."""
         return "bf16" if self.dtype == "bfloat16" else "fp32"
 
     @property
     def num_bytes(self) -> int:
-        """Keys and values once, queries in, outputs out."""
+        """Keys and values once, queries in, outputs out; for gradients those read and these written, too."""
         latent = self.op == "mla_attention"
         per_key = self.kv_heads * (self.head_dim if latent else self.head_dim + self.value_dim)
         per_row = self.heads * (self.head_dim + self.value_dim)
-        return WIDTHS[self.dtype] * (sum(self.key_lens) * per_key + sum(self.query_lens) * per_row)
+        return (
+            WIDTHS[self.dtype]
+            * (2 if self.backward else 1)
+            * (sum(self.key_lens) * per_key + sum(self.query_lens) * per_row)
+        )
 
     @property
     def flops(self) -> int:
-        """Two per product: scores and mixture, over the keys each row sees."""
+        """Two per product: scores and mixture, over the keys each row sees; five products of a backward."""
         pairs = zip(self.query_lens, self.key_lens, strict=True)
         seen = sum(q * k - (q * (q - 1) // 2 if self.causal else 0) for q, k in pairs)
-        return 2 * seen * self.heads * (self.head_dim + self.value_dim)
+        products = (3, 2) if self.backward else (1, 1)
+        return 2 * seen * self.heads * (products[0] * self.head_dim + products[1] * self.value_dim)
 
     def __str__(self) -> str:
         rows, keys = _lengths(self.query_lens), _lengths(self.key_lens)
@@ -97,7 +107,7 @@ def _lengths(lens: Sequence[int]) -> str:
 def _llama(name: str, query_lens: tuple[int, ...], key_lens: tuple[int, ...], **rest: Any) -> SpeedCase:
     """The heads of an 8-billion-parameter Llama."""
     sizes: dict[str, Any] = {"heads": 32, "kv_heads": 8, "head_dim": 128, "value_dim": 128}
-    return SpeedCase(name, query_lens, key_lens, **sizes, **{"dtype": "bfloat16"} | rest)
+    return SpeedCase(name, query_lens, key_lens, **sizes | {"dtype": "bfloat16"} | rest)
 
 
 CASES = (
@@ -107,13 +117,28 @@ CASES = (
     _llama("prefill_2048_exact", (2048,), (2048,), dtype="float32", precision="exact"),
     SpeedCase("mla_decode_4096", (1,), (4096,), 128, 1, 576, 512, "bfloat16", "mla_attention"),
     _llama("ragged_decode", (1,) * 16, (32768, *(512,) * 15), op="paged_attention"),
+    _llama("backward_2048", (2048,), (2048,), op="attention_backward"),
+    _llama("backward_2048_exact", (2048,), (2048,), op="attention_backward", dtype="float32", precision="exact"),
+    _llama("backward_2048_8_heads", (2048,), (2048,), op="attention_backward", heads=8),
+    _llama(
+        "backward_2048_8_heads_exact",
+        (2048,),
+        (2048,),
+        op="attention_backward",
+        heads=8,
+        dtype="float32",
+        precision="exact",
+    ),
 )
 PAGE_SIZE = 64
 
 
 def build(case: SpeedCase, seed: int = 0) -> Work:
     """The case with its arrays."""
-    return {"attention": _dense, "paged_attention": _paged, "mla_attention": _latent}[case.op](case, seed)
+    from headrace.bench.op_backward import build_backward
+
+    builders = {"attention": _dense, "paged_attention": _paged, "mla_attention": _latent}
+    return build_backward(case, seed) if case.backward else builders[case.op](case, seed)
 
 
 def _dense(case: SpeedCase, seed: int) -> Work:
@@ -121,7 +146,7 @@ def _dense(case: SpeedCase, seed: int) -> Work:
     from headrace.ops.call_request import explain
 
     random = np.random.default_rng(seed)
-    part = _part(case, case.query_lens[0], case.key_lens[0], random)
+    part = part_of(case, case.query_lens[0], case.key_lens[0], random)
     arrays, options = [array[None] for array in (part.query, part.keys, part.values)], _options(case)
     scale = case.head_dim**-0.5
     return Work(
@@ -142,7 +167,7 @@ def _paged(case: SpeedCase, seed: int) -> Work:
     from headrace.ops.call_request import explain
 
     random = np.random.default_rng(seed)
-    parts = [_part(case, *lens, random) for lens in zip(case.query_lens, case.key_lens, strict=True)]
+    parts = [part_of(case, *lens, random) for lens in zip(case.query_lens, case.key_lens, strict=True)]
     table = page_table(case.key_lens)
     query = np.concatenate([part.query for part in parts])
     pages = [paged([getattr(part, name) for part in parts]) for name in ("keys", "values")]
@@ -167,7 +192,7 @@ def _latent(case: SpeedCase, seed: int) -> Work:
     random = np.random.default_rng(seed)
     parts = []
     for lens in zip(case.query_lens, case.key_lens, strict=True):
-        part = _part(case, *lens, random)
+        part = part_of(case, *lens, random)
         parts.append(Part(part.query, part.keys, part.keys[..., : case.value_dim]))
     query, pages = np.concatenate([part.query for part in parts]), paged([part.keys for part in parts])[:, :, 0]
     arguments = (query, pages, page_table(case.key_lens), np.array(case.key_lens, np.int32))
@@ -185,7 +210,9 @@ def _latent(case: SpeedCase, seed: int) -> Work:
     )
 
 
-def _part(case: SpeedCase, queries: int, keys: int, random: np.random.Generator) -> Part:
+def part_of(case: SpeedCase, queries: int, keys: int, random: np.random.Generator) -> Part:
+    """A request of normal numbers."""
+
     def normal(*shape: int) -> np.ndarray:
         return rounded(random.standard_normal(shape, np.float32), case.dtype)
 
@@ -214,6 +241,10 @@ def page_table(key_lens: Sequence[int]) -> np.ndarray:
 
 def check(case: SpeedCase, work: Work) -> None:
     """Raises HeadraceError unless a sample of the outputs is within its error budget: no speed without that."""
+    if case.backward:
+        from headrace.bench.op_backward import check_backward
+
+        return check_backward(case, work)
     out, random = np.asarray(work.run()).astype(np.float64), np.random.default_rng(1)
     got, exact, plain = [], [], []
     starts = np.cumsum([0, *case.query_lens])

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from headrace.bench.op_backward import torch_backward
 from headrace.bench.op_cases import Part, SpeedCase, Work
 from headrace.talk import say
 
@@ -27,6 +28,8 @@ def torch_calls(case: SpeedCase, work: Work, threads: int, flex: bool = True) ->
 
     torch.set_num_threads(threads)
     parts = [_tensors(part) for part in work.parts]
+    if case.backward:
+        return torch_backward(parts, work)
     calls = {"torch SDPA": _sdpa(parts, work)}
     if not case.causal:
         calls["torch SDPA, heads as rows"] = _sdpa([_folded(part) for part in parts], work)

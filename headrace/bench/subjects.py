@@ -13,6 +13,7 @@ import numpy as np
 
 from headrace.check import cases
 from headrace.check.attention_cases import ATTENTION, AttentionCase, dense, heads
+from headrace.check.attention_gradients import GRADIENTS, gradient_batch
 from headrace.ops.call_request import kernels_of, requests_of
 from headrace.ops.select import Kernel, Request
 
@@ -52,6 +53,7 @@ def subjects(large: bool = False) -> Iterator[Subject]:
     yield from norm_subjects(cases.NORM + LARGE_NORM * large)
     yield from linear_subjects(cases.LINEAR + LARGE_LINEAR * large)
     yield from attention_subjects(ATTENTION + LARGE_ATTENTION * large)
+    yield from backward_subjects(GRADIENTS[::3] + LARGE_ATTENTION[2:] * large)
 
 
 def norm_subjects(found: Sequence[cases.NormCase]) -> Iterator[Subject]:
@@ -113,3 +115,18 @@ def attention_subjects(found: Sequence[AttentionCase]) -> Iterator[Subject]:
                 return op(**arguments, kernel=kernel)
 
             yield Subject(f"{name}/{case.name}/{dtype}", request, kernels_of(name), run)
+
+
+def backward_subjects(found: Sequence[AttentionCase]) -> Iterator[Subject]:
+    """Gradients of attention, with everything in float32 and everything in bfloat16."""
+    from headrace.ops.attention_gradients import attention_backward
+
+    for case in found:
+        for dtype in ATTENTION_DTYPES:
+            arguments = gradient_batch(case, dtype, dtype)
+            [request] = requests_of("attention_backward", **arguments)
+
+            def run(kernel: str, arguments: Any = arguments) -> Any:
+                return attention_backward(**arguments, kernel=kernel)
+
+            yield Subject(f"attention_backward/{case.name}/{dtype}", request, kernels_of("attention_backward"), run)

@@ -79,6 +79,14 @@ def latent(own: str) -> list[Request]:
     return requests_of("mla_attention", (9, 128, 576), (64, 64, 576), (3, 8), (3,), dtype=own, **options)
 
 
+def gradients(own: str) -> list[Request]:
+    """Of dense attention with sinks, and of a ragged batch."""
+    dense: list[tuple[int, ...]] = [(2, 40, 8, 64), (2, 40, 8, 64), *[(2, 300, 2, 64)] * 2, (2, 40, 8, 64)]
+    ragged: list[tuple[int, ...]] = [(90, 8, 64), (90, 8, 64), *[(90, 2, 64)] * 2, (90, 8, 64)]
+    found = requests_of("attention_backward", *dense, dtype=own, lse=(2, 40, 8), sinks=(8,))
+    return found + requests_of("attention_backward", *ragged, dtype=own, lse=(90, 8), query_starts=(5,))
+
+
 def every(*parts: Asked) -> Asked:
     """All of these together."""
     return lambda own: [request for part in parts for request in part(own)]
@@ -137,6 +145,7 @@ FEATURES: dict[str, tuple[Asked, tuple[str, ...]]] = {
     "log-sum-exp": (attention(), ()),
     "merge of partial results": (merged, ()),
     "append, rope and quantize in one": (appended, ()),
+    "gradients, dense and ragged, sinks too": (gradients, ("deterministic", "batch_invariant")),
 }
 
 

@@ -11,10 +11,12 @@ from typing import Any
 
 # Where each public name lives. NOTE: no module here may have the name of a function: once imported, it would hide it.
 _HOMES = {
+    "AttentionGradients": "headrace.ops.attention_gradients",
     "AttentionResult": "headrace.ops.attention_options",
     "append_latent_pages": "headrace.ops.page_append",
     "append_pages": "headrace.ops.page_append",
     "attention": "headrace.ops.attention_dense",
+    "attention_backward": "headrace.ops.attention_gradients",
     "choices": "headrace.ops.select",
     "explain": "headrace.ops.call_request",
     "merge_attention": "headrace.ops.attention_merge",
@@ -24,10 +26,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "AttentionGradients",
     "AttentionResult",
     "append_latent_pages",
     "append_pages",
     "attention",
+    "attention_backward",
     "choices",
     "explain",
     "merge_attention",

@@ -188,13 +188,13 @@ def _check_cumulative(name: str, starts: Any, key_tokens: int) -> None:
 def parts(call: Call, result: AttentionResult) -> list[tuple[Call, AttentionResult]]:
     """The calls to run in place of this one, and where each writes: with a mask that is recognised, what it is."""
     mask = call.arrays.get("mask")
-    if mask is None or not _recognisable(call):
+    if mask is None or not recognisable(call):
         return [(call, result)]
     masks = np.asarray(mask)[:, 0]
     found = [recognise(each) for each in masks]
     texts = " / ".join(dict.fromkeys(each.text for each in found))
     plain = replace(call, arrays={k: v for k, v in call.arrays.items() if k != "mask"}, mask_text=texts)
-    if all(each.options == found[0].options and each.kind in _AS_OPTIONS for each in found):
+    if all(each.options == found[0].options and each.kind in AS_OPTIONS for each in found):
         return [(replace(plain, options=replace(call.options, **found[0].options)), result)]
     if all(each.segments for each in found):
         return [_as_ragged(plain, result, b, found[b % len(found)].segments) for b in range(call.extent.requests)]
@@ -206,10 +206,10 @@ def parts(call: Call, result: AttentionResult) -> list[tuple[Call, AttentionResu
     return [(replace(call, mask_text=texts), result)]
 
 
-_AS_OPTIONS = ("all", "causal", "causal_top_left", "window")
+AS_OPTIONS = ("all", "causal", "causal_top_left", "window")
 
 
-def _recognisable(call: Call) -> bool:
+def recognisable(call: Call) -> bool:
     """Whether all a query sees is in one bool matrix, and its place among the keys does not matter otherwise."""
     arrays, options = call.arrays, call.options
     if any(isinstance(arrays[name], Buffer) for name in ("mask", "query", "key")) or len(arrays["query"].shape) == 3:
@@ -265,10 +265,7 @@ def reference(
     """The formula in float64, request by request; `options` are those of attention_options.py."""
     checked = checked_options(query.shape[-1], **options)
     keys, values = decoded(key, key_scales), decoded(value, value_scales)
-    if query_starts is None:
-        places = _dense_places(len(query), keys.shape[1], key_lens, mask)
-    else:
-        places = _ragged_places(query_starts, query_starts if key_starts is None else key_starts, key_lens, mask)
+    places = places_of(query, keys, query_starts=query_starts, key_starts=key_starts, key_lens=key_lens, mask=mask)
     out, lse = np.zeros((*query.shape[:-1], values.shape[-1])), np.zeros(query.shape[:-1])
     for r, (own, theirs, seen) in enumerate(places):
         out[own], lse[own] = attend(
@@ -285,6 +282,21 @@ def reference(
 
 
 Place = tuple[Any, Any, np.ndarray | None]  # of a request: where its queries and its keys are, and its mask
+
+
+def places_of(
+    query: np.ndarray,
+    keys: np.ndarray,
+    *,
+    query_starts: np.ndarray | None = None,
+    key_starts: np.ndarray | None = None,
+    key_lens: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+) -> list[Place]:
+    """The place of each request of a call."""
+    if query_starts is None:
+        return _dense_places(len(query), keys.shape[1], key_lens, mask)
+    return _ragged_places(query_starts, query_starts if key_starts is None else key_starts, key_lens, mask)
 
 
 def _dense_places(batch: int, num_keys: int, key_lens: np.ndarray | None, mask: np.ndarray | None) -> list[Place]:

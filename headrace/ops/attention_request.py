@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -155,10 +155,7 @@ def _traffic(
     *,
     read_dim: int,
 ) -> Traffic:
-    requests = max(extent.requests, 1)
-    queries, keys = -(-extent.queries // requests), extent.keys // requests  # of a request, as if all were alike
-    seen = seen_pairs(queries, keys, options) * extent.queries // max(queries, 1)
-    read = keys_read(queries, keys, options) * requests
+    seen, read = seen_of(extent, options)
     both = extent.head_dim + extent.value_dim
     key_bytes = read_dim * WIDTHS[dtypes["key"]] // (2 if dtypes["key"] == "uint8" else 1)
     key_bytes += 4 * ("key_scales" in shapes) + 4 * ("value_scales" in shapes)
@@ -166,7 +163,15 @@ def _traffic(
     num_bytes = read * extent.kv_heads * key_bytes + extent.queries * extent.heads * row_bytes
     if "mask" in shapes:
         num_bytes += math.prod(shapes["mask"]) * WIDTHS[dtypes["mask"]]
-    return Traffic(num_bytes, 2 * seen * extent.heads * both, _unit(dtypes, options))
+    return Traffic(num_bytes, 2 * seen * extent.heads * both, unit_of(dtypes, options))
+
+
+def seen_of(extent: Extent, options: AttentionOptions) -> tuple[int, int]:
+    """Pairs of a query and a key it sees, and keys that any query sees, of all requests as if they were alike."""
+    requests = max(extent.requests, 1)
+    queries, keys = -(-extent.queries // requests), extent.keys // requests
+    seen = seen_pairs(queries, keys, options) * extent.queries // max(queries, 1)
+    return seen, keys_read(queries, keys, options) * requests
 
 
 def seen_pairs(num_queries: int, num_keys: int, options: AttentionOptions) -> int:
@@ -198,7 +203,8 @@ def keys_read(num_queries: int, num_keys: int, options: AttentionOptions) -> int
     return max(end - first, 0) if num_queries else 0
 
 
-def _unit(dtypes: Mapping[str, str], options: AttentionOptions) -> str:
+def unit_of(dtypes: Mapping[str, str], options: AttentionOptions) -> str:
+    """The arithmetic a call asks for."""
     if dtypes["query"] == "float64":
         return "fp64"
     narrow = WITH_BFLOAT16_PRODUCTS and not why_not_bfloat16(dtypes, options.precision)
@@ -248,28 +254,33 @@ def _plan_of(arithmetic: str, cores: int, invariant: bool, mask_text: str | None
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of dense, ragged and paged attention, imported when first asked for."""
-    from headrace.kernels import cpu
     from headrace.kernels.cpu import attention
+
+    return kernels_over(attention.run)
+
+
+def kernels_over(run: Callable[..., None]) -> tuple[Kernel, ...]:
+    """A kernel for each instruction set and arithmetic of a native op: run(level, arrays, options, arithmetic=..)."""
+    from headrace.kernels import cpu
     from headrace.ops.per_isa import cpu_kernel
 
     def of(level: str, arithmetic: str) -> Kernel:
         why_not = _why_not_products if arithmetic == "bf16" else _why_not_single
-        run = functools.partial(attention.run, arithmetic=arithmetic)
-        return cpu_kernel(level, run, why_not, functools.partial(_planned, arithmetic))
+        runs = functools.partial(run, arithmetic=arithmetic)
+        return cpu_kernel(level, runs, why_not, functools.partial(_planned, arithmetic))
 
     single = [of(level, "fp32") for level in reversed(cpu.ISAS[:3])]
-    return *[of(level, "bf16") for level in reversed(WITH_BFLOAT16_PRODUCTS)], *single, _double_kernel()
+    return *[of(level, "bf16") for level in reversed(WITH_BFLOAT16_PRODUCTS)], *single, _double_kernel(run)
 
 
-def _double_kernel() -> Kernel:
+def _double_kernel(run: Callable[..., None]) -> Kernel:
     from headrace.kernels import cpu
-    from headrace.kernels.cpu import attention
     from headrace.ops.per_isa import CALL_SECONDS, predicted_seconds
 
-    def run(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-        attention.run(min(cpu.isa(), cpu.ISAS[2], key=cpu.ISAS.index), arrays, options, arithmetic="fp64")
+    def runs(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+        run(min(cpu.isa(), cpu.ISAS[2], key=cpu.ISAS.index), arrays, options, arithmetic="fp64")
 
     def cost(request: Request, machine: Machine) -> float:
         return predicted_seconds(request, machine, "cpu_float64", KernelSpeed(CALL_SECONDS, 0.5))
 
-    return Kernel("cpu_float64", _why_not_double, cost, run, functools.partial(_planned, "fp64"))
+    return Kernel("cpu_float64", _why_not_double, cost, runs, functools.partial(_planned, "fp64"))

@@ -116,6 +116,16 @@ def _of_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any])
     return [Asked(part.request(out_dtype), part) for part, _ in attention_dense.parts(call, place)]
 
 
+def _of_attention_backward(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
+    from headrace.ops import attention_gradients
+
+    given = _bound(attention_gradients.attention_backward, arrays, dtype, options)
+    named = {name: value for name, value in given.items() if name not in ("kernel", "require") and value is not None}
+    call = attention_gradients.prepared(**named)
+    known = isinstance(options.get("mask"), np.ndarray)
+    return [Asked(attention_gradients.request_of(attention_gradients.simplified(call) if known else call))]
+
+
 def _of_paged_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
     from headrace.ops import attention_paged
 
@@ -242,6 +252,7 @@ class _Op:
 _OPS = {
     "append_pages": _Op("headrace.ops.page_append", _of_append),
     "attention": _Op("headrace.ops.attention_dense", _of_attention),
+    "attention_backward": _Op("headrace.ops.attention_gradients", _of_attention_backward),
     "linear": _Op("headrace.ops.linear", _of_linear),
     "merge_attention": _Op("headrace.ops.attention_merge", _of_merge),
     "mla_attention": _Op("headrace.ops.attention_latent", _of_mla_attention),
@@ -279,6 +290,8 @@ def _is_shape(name: str, value: Any) -> bool:
 def _dtype_of(name: str, dtype: Dtypes) -> str:
     if name in _OTHER_DTYPES and not (isinstance(dtype, Mapping) and name in dtype):
         return _OTHER_DTYPES[name]
+    if name in ("lse", "d_lse") and not (isinstance(dtype, Mapping) and name in dtype):
+        return "float64" if _dtype_of("query", dtype) == "float64" else "float32"
     found = dtype if isinstance(dtype, str) else dtype.get(name, "float32")
     return "float32" if name == "weight" else found
 

@@ -23,6 +23,7 @@ from headrace.bench.timing import Spread
 from headrace.errors import ArgumentError, HeadraceError
 from headrace.kernels.cpu import roof
 from headrace.machine import KernelSpeed, this_machine
+from headrace.ops import AttentionGradients
 from headrace.talk import ProgressLine
 
 SMALL = (
@@ -31,8 +32,12 @@ SMALL = (
     SpeedCase("prefill_exact", (70,), (70,), 4, 2, 32, 32, "float32", precision="exact"),
     SpeedCase("mla", (1,), (130,), 8, 1, 48, 32, "bfloat16", "mla_attention"),
     SpeedCase("ragged", (1, 1, 1), (300, 20, 64), 4, 2, 32, 32, "bfloat16", "paged_attention"),
+    SpeedCase("backward", (70,), (70,), 4, 2, 32, 16, "bfloat16", "attention_backward"),
+    SpeedCase("backward_exact", (70,), (70,), 4, 4, 32, 32, "float32", "attention_backward", "exact"),
 )
 EACH_CASE = pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+FORWARD = pytest.mark.parametrize("case", SMALL[:5], ids=lambda case: case.name)
+BACKWARD = pytest.mark.parametrize("case", SMALL[5:], ids=lambda case: case.name)
 
 
 @pytest.fixture
@@ -56,13 +61,20 @@ def test_the_promised_cases_are_there() -> None:
         "prefill_2048_exact",
         "mla_decode_4096",
         "ragged_decode",
+        "backward_2048",
+        "backward_2048_exact",
+        "backward_2048_8_heads",
+        "backward_2048_8_heads_exact",
     ]
     long = CASES[1]
     assert str(long) == "attention, 1 queries, 32768 keys, 32/8 heads, d 128, bfloat16"
     assert long.num_bytes == 2 * (2 * 32768 * 8 * 128 + 2 * 32 * 128)
     assert long.flops == 4 * 32768 * 32 * 128
-    assert CASES[-1].num_bytes == 2 * (2 * (32768 + 15 * 512) * 8 * 128 + 16 * 2 * 32 * 128)
+    assert CASES[5].num_bytes == 2 * (2 * (32768 + 15 * 512) * 8 * 128 + 16 * 2 * 32 * 128)
     assert CASES[4].num_bytes == 2 * (4096 * 576 + 128 * (576 + 512))  # the latent once
+    backward = CASES[6]
+    assert backward.flops == 10 * (2048 * 2049 // 2) * 32 * 128  # five products
+    assert backward.num_bytes == 2 * 2 * 2 * 2048 * (8 + 32) * 128
 
 
 @EACH_CASE
@@ -71,12 +83,12 @@ def test_work_is_counted_as_the_ops_count_it(case: SpeedCase) -> None:
     assert traffic.unit == case.unit
     if len(case.key_lens) == 1:
         assert traffic.flops == case.flops
-    if case.op == "attention":
+    if case.op in ("attention", "attention_backward"):
         lse_bytes = 4 * sum(case.query_lens) * case.heads
         assert traffic.num_bytes == case.num_bytes + lse_bytes
 
 
-@EACH_CASE
+@FORWARD
 def test_every_case_is_right_and_a_wrong_one_is_not_let_through(case: SpeedCase) -> None:
     work = build(case)
     check(case, work)
@@ -88,7 +100,7 @@ def test_every_case_is_right_and_a_wrong_one_is_not_let_through(case: SpeedCase)
         check(case, replace(work, run=lambda: out))
 
 
-@EACH_CASE
+@FORWARD
 def test_torch_computes_the_same(case: SpeedCase, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
     sdpa, seen = torch.nn.functional.scaled_dot_product_attention, []
@@ -108,6 +120,33 @@ def test_torch_computes_the_same(case: SpeedCase, monkeypatch: pytest.MonkeyPatc
         rows = [out.reshape(case.heads, -1, case.value_dim).transpose(0, 1) for out in seen]
         theirs = torch.cat(rows).numpy()
         check(case, replace(work, run=lambda theirs=theirs: theirs))
+
+
+@BACKWARD
+def test_gradients_are_right_and_wrong_ones_are_not_let_through(case: SpeedCase) -> None:
+    work = build(case)
+    check(case, work)
+    found = work.run()
+    for name in ("query", "key", "value"):
+        wrong = replace(found, **{name: getattr(found, name) + getattr(found, name).dtype.type(0.5)})
+        with pytest.raises(HeadraceError, match=f"{case.name}: d_{name} is wrong, no speed is printed"):
+            check(case, replace(work, run=lambda wrong=wrong: wrong))
+
+
+@BACKWARD
+def test_torch_computes_the_same_gradients(case: SpeedCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(
+        torch, "randn_like", lambda out: torch.from_numpy(d_out.astype(np.float32)).transpose(0, 1)[None]
+    )
+    monkeypatch.setattr(op_peers, "_tensor", lambda array: torch.from_numpy(array.astype(np.float32)))
+    work = build(case)
+    d_out = work.beside["d_out"]
+    calls = torch_calls(case, work, 1)
+    assert list(calls) == ["torch SDPA"] + ["torch SDPA, keys repeated"] * (case.heads > case.kv_heads)
+    for call in calls.values():
+        theirs = AttentionGradients(*(gradient.transpose(1, 2).numpy() for gradient in call()))
+        check(replace(case, dtype="bfloat16"), replace(work, run=lambda theirs=theirs: theirs))  # not to our last bit
 
 
 def test_a_line_says_how_much_of_the_roof_and_how_many_times(own_cache: None) -> None:

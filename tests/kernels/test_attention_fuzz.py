@@ -75,12 +75,12 @@ def layout(draw, kind):
     return requests, sum(queries), keys, arrays
 
 
-def call(draw):
+def call(draw, kinds=KINDS, cached=CACHED):
     """The keyword arguments of one call."""
-    kind = KINDS[draw.size(0, 2)]
+    kind = kinds[draw.size(0, len(kinds) - 1)]
     requests, tokens, keys, arrays = layout(draw, kind)
     kv_heads, group, head_dim, value_dim = draw.size(1, 3), draw.size(1, 4), draw.size(1, 40), draw.size(1, 40)
-    dtype = CACHED[draw.size(0, len(CACHED) - 1)]
+    dtype = cached[draw.size(0, len(cached) - 1)]
     if kind == "paged":
         page_size = draw.size(1, 20)
         most = max([-(-n // page_size) for n in keys], default=0) + draw.size(0, 2)
@@ -162,3 +162,39 @@ def test_any_call_is_refused_by_name_or_done(block):
         done += 1
         assert not np.isnan(lse).any(), f"seed {seed}"
     assert done > 60
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_any_backward_is_refused_by_name_or_done(block):
+    pools = [native.Pool(1), native.Pool(3)]
+    done = 0
+    for seed in range(block * 150, block * 150 + 150):
+        draw = Draw(seed)
+        arrays, options, shape = call(draw, KINDS[:2], CACHED[:3])
+        del options["batch_invariant"]
+        arrays |= {"out": draw.array(shape, np.float32), "lse": draw.array(shape[:-1], np.float32)}
+        arrays["d_out"] = draw.array(shape, np.float16)
+        if draw.size(0, 1):
+            arrays["d_lse"] = draw.array(shape[:-1], np.float32)
+        places = {
+            f"d_{name}": guarded_like(arrays[name]) for name in ("query", "key", "value", "sinks") if name in arrays
+        }
+        try:
+            tensors = {name: as_tensor(array, name) for name, array in arrays.items()}
+            tensors |= {name: as_tensor(inner, name) for name, (_, inner) in places.items()}
+            level, arithmetic = WAYS[seed % len(WAYS)]
+            native.attention_backward(pools[seed % 2], level, **tensors, **options, arithmetic=arithmetic)
+        except (ArgumentError, KernelError) as error:
+            assert draw.odd, f"seed {seed}: {error}"
+            assert "expected" in str(error), f"seed {seed}: {error}"
+            continue
+        finally:
+            for whole, _ in places.values():
+                assert (whole[:64] == whole.dtype.type(GUARD)).all() and (whole[-64:] == whole.dtype.type(GUARD)).all()
+        done += 1
+    assert done > 60
+
+
+def guarded_like(array, margin=64):
+    whole = np.full(array.size + 2 * margin, GUARD, array.dtype)
+    return whole, whole[margin : margin + array.size].reshape(array.shape)

@@ -136,7 +136,7 @@ def test_splits_and_workspace_are_told() -> None:
 @pytest.mark.parametrize(
     "op,arrays,options,text",
     [
-        ("softmax", (), {}, "op: expected one of append_pages, attention, linear"),
+        ("softmax", (), {}, "op: expected one of append_pages, attention, attention_backward, linear"),
         ("attention", DECODE, {"causl": True}, "attention: got an unexpected keyword argument 'causl'"),
         ("attention", DECODE[:2], {}, "attention: missing a required argument: 'value'"),
         ("attention", DECODE, {"softcap": -1.0}, "softcap: expected a finite number > 0"),

@@ -15,6 +15,7 @@ namespace nb = nanobind;
 namespace headrace {
 void bind_append(nb::module_& m);
 void bind_attention(nb::module_& m);
+void bind_attention_backward(nb::module_& m);
 void bind_merge(nb::module_& m);
 void bind_products(nb::module_& m);
 void bind_roof(nb::module_& m);
@@ -202,6 +203,7 @@ NB_MODULE(_native, m) {
   bind_ops(m);
   bind_append(m);
   bind_attention(m);
+  bind_attention_backward(m);
   bind_merge(m);
   bind_products(m);
   bind_roof(m);

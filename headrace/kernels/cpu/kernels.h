@@ -4,6 +4,7 @@
 
 #include "append_work.h"
 #include "attention_work.h"
+#include "backward_work.h"
 #include "isa.h"
 #include "merge_work.h"
 #include "products_work.h"
@@ -104,10 +105,15 @@ struct Kernels {
   void (*attend_double)(const AttentionCall& call, const AttentionWork& work);
   void (*merge_pieces)(const AttentionCall& call, const AttentionWork& work, const AttentionMerge& merge);
   void (*merge_parts)(const MergeArgs& args);
+  // gradients (attention_backward.h)
+  void (*gradient_row)(const GradientRow& row);
+  void (*attend_backward)(const AttentionCall& call, const GradientCall& gradients, const GradientWork& work);
+  void (*attend_backward_double)(const AttentionCall& call, const GradientCall& gradients, const GradientWork& work);
   // Present where there are products of bf16:
   void (*product_bf16)(const ProductProbe& probe) = nullptr;  // for tests
   // Present where there are products of bf16 pairs:
   void (*attend_few_bf16)(const AttentionCall& call, const AttentionWork& work) = nullptr;
+  void (*attend_backward_bf16)(const AttentionCall& call, const GradientCall& gradients, const GradientWork& work) = nullptr;
   void (*attend_tile_bf16)(const AttentionCall& call, const AttentionWork& work) = nullptr;
   // Present where there are tiles:
   void (*split_row)(const float* x, int64_t n, uint16_t* high, uint16_t* low) = nullptr;

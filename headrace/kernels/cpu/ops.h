@@ -85,6 +85,15 @@ struct AttentionDivision {
 };
 AttentionDivision attention_division(int64_t threads, Isa isa, const AttentionTensors& tensors, const AttentionOptions& options);
 
+// Gradients of query, key, value and sinks from those of out and lse (d_lse may be absent). The forward's arrays, lse among
+// them, are read; no pages, no codes. d_query, d_key, d_value: like their arrays; d_sinks [heads] f32 if there are sinks.
+// One call gives one result, bit for bit, on any number of threads.
+struct AttentionGradientTensors {
+  AttentionTensors forward;
+  TensorRef d_out, d_lse, d_query, d_key, d_value, d_sinks;
+};
+void submit_attention_backward(Runner& runner, Isa isa, const AttentionGradientTensors& tensors, const AttentionOptions& options);
+
 // parts of one attention, each out [..., heads, value_dim] f32|f16|bf16 and lse [..., heads] f32, or all f64 -> the whole, the
 // same shapes. sinks [heads] f32 may be absent.
 struct MergeTensors {
