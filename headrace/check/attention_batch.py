@@ -89,7 +89,7 @@ def _heads_first(array: np.ndarray) -> np.ndarray:
 def _mask(case: AttentionCase, random: np.random.Generator) -> np.ndarray:
     if case.dense:
         one = [_dense_mask(case, b, random) for b in range(len(case.query_lens))]
-        return np.stack(one if case.mask in ("bool", "float", "document") else one[:1])
+        return np.stack(one if case.mask in ("bool", "float", "document", "padded") else one[:1])
     if case.mask == "tree":
         return _forest(case, random)
     return _random_mask(case, (case.mask_heads, sum(case.query_lens), max(case.key_lens, default=1)), random)
@@ -119,6 +119,7 @@ def _dense_mask(case: AttentionCase, b: int, random: np.random.Generator) -> np.
         "causal": ahead <= 0,
         "window": (ahead >= -9) & (ahead <= 4),
         "prefix": (ahead <= 0) | (np.arange(keys) < 11),
+        "padded": (ahead <= 0) & (np.arange(keys) >= (0, 7, 3)[b % 3]),
     }
     return named[case.mask][None]
 

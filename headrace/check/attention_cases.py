@@ -13,10 +13,10 @@ from typing import Any
 class AttentionCase:
     """query_lens: queries of each request, key_lens: its keys. A dense case has equal ones, unless key_lens are cut.
 
-    value_dim 0: as head_dim. mask: "bool" and "float" at random, "tree" a square of ancestors, or a name that masks.py
-    gives: causal, window, prefix, document, all. mask_heads: 1, or heads. kv_format: "" is as the test says, else
-    float8_e4m3fn, int8 or uint8 (int4), with scales per "token" or per "page". layout "heads_first": dense arrays that
-    lie in memory as [batch, heads, tokens, dim].
+    value_dim 0: as head_dim. mask: "bool" and "float" at random, "tree" a square of ancestors, "padded" sequences that
+    begin at some key, or a name that masks.py gives: causal, window, prefix, document, all. mask_heads: 1, or heads.
+    kv_format: "" is as the test says, else float8_e4m3fn, int8 or uint8 (int4), with scales per "token" or per "page".
+    layout "heads_first": dense arrays that lie in memory as [batch, heads, tokens, dim].
     """
 
     name: str
@@ -155,6 +155,8 @@ DENSE = (
     dense("dense_mask_documents", 2, 60, 60, causal=False, mask="document"),
     dense("dense_mask_tree", 1, 9, 50, causal=False, mask="tree"),
     dense("dense_mask_all", 1, 20, 30, causal=False, mask="all"),
+    dense("dense_mask_padded", 3, 20, 40, causal=False, mask="padded"),
+    dense("dense_mask_padded_decode", 3, 1, 40, causal=False, mask="padded"),
     dense("dense_sinks", 2, 17, 33, sinks=True),
     dense("dense_alibi", 2, 40, 60, alibi="heads", **heads(16, 2)),
     dense("dense_alibi_top_left", 2, 30, 60, alibi="requests", align="top_left", causal=False),

@@ -27,7 +27,7 @@ from headrace.ops import attention_checks as checks
 from headrace.ops.attention_formula import Mix, attend, decoded
 from headrace.ops.attention_options import AttentionOptions, AttentionResult, Window, checked_options
 from headrace.ops.attention_request import Call, Extent, kernels, launch, outputs, split_arguments
-from headrace.ops.masks import Recognised, Segment, recognise
+from headrace.ops.masks import Ranges, Segment, ranges_of, recognise, row_ranges
 
 __all__ = ["attention", "kernels", "prepared", "reference"]
 
@@ -191,6 +191,10 @@ def parts(call: Call, result: AttentionResult) -> list[tuple[Call, AttentionResu
     if mask is None or not recognisable(call):
         return [(call, result)]
     masks = np.asarray(mask)[:, 0]
+    together = row_ranges(masks[:, 0]) if len(masks) > 1 and masks.shape[1] == 1 else None
+    if together is not None:  # decoding: one look instead of one a sequence
+        text = f"one range of keys for each of {len(masks)} sequences"
+        return [(_within(replace(call, mask_text=text), [together]), result)]
     found = [recognise(each) for each in masks]
     texts = " / ".join(dict.fromkeys(each.text for each in found))
     plain = replace(call, arrays={k: v for k, v in call.arrays.items() if k != "mask"}, mask_text=texts)
@@ -198,8 +202,9 @@ def parts(call: Call, result: AttentionResult) -> list[tuple[Call, AttentionResu
         return [(replace(plain, options=replace(call.options, **found[0].options)), result)]
     if all(each.segments for each in found):
         return [_as_ragged(plain, result, b, found[b % len(found)].segments) for b in range(call.extent.requests)]
-    if all(each.first_keys is not None for each in found):
-        return [(replace(plain, arrays={**plain.arrays, **_as_ranges(found, call.extent.requests)}), result)]
+    ranges = [each for each in map(ranges_of, found) if each is not None]
+    if len(ranges) == len(found):
+        return [(_within(plain, ranges), result)]
     if all("columns" in each.options for each in found):
         columns = max(each.options["columns"] for each in found)
         return [(replace(plain, arrays={**call.arrays, "mask": mask[..., -columns:]}), result)]
@@ -237,10 +242,12 @@ def _as_ragged(
     return replace(call, arrays=arrays, extent=extent, options=options), place
 
 
-def _as_ranges(found: Sequence[Recognised], batch: int) -> dict[str, np.ndarray]:
-    firsts = [np.asarray(each.first_keys, np.int32) for each in found] * (batch // len(found))
-    lasts = [np.asarray(each.last_keys, np.int32) for each in found] * (batch // len(found))
-    return {"first_keys": np.concatenate(firsts), "last_keys": np.concatenate(lasts)}
+def _within(call: Call, ranges: Sequence[Ranges]) -> Call:
+    """The call with each row's first and last key in place of a mask; ranges of one sequence hold for all."""
+    first, last = (np.concatenate([getattr(each, end) for each in ranges]) for end in ("first", "last"))
+    times = call.extent.queries // len(first)
+    ends = {"first_keys": np.tile(first, times).astype(np.int32), "last_keys": np.tile(last, times).astype(np.int32)}
+    return replace(call, arrays={name: array for name, array in call.arrays.items() if name != "mask"} | ends)
 
 
 # What is exact

@@ -92,23 +92,28 @@ def recognise(mask: np.ndarray) -> Recognised:
 def expanded(recognised: Recognised) -> np.ndarray:
     """The mask that was recognised, bool [queries, keys]. A dense one is not kept: ArgumentError."""
     num_queries, num_keys = recognised.shape
-    options = recognised.options
     if recognised.kind == "tree":
-        return np.concatenate(
-            [np.ones((num_queries, num_keys - num_queries), np.bool_), _ancestors(options["parents"])], 1
-        )
-    if recognised.kind == "dense":
+        parents = recognised.options["parents"]
+        return np.concatenate([np.ones((num_queries, num_keys - num_queries), np.bool_), _ancestors(parents)], 1)
+    ranges = ranges_of(recognised)
+    if ranges is None:
         raise ArgumentError("recognised: expected a structure, got a dense mask, of which nothing is kept")
-    if recognised.kind == "document":
-        ranges = _segment_ranges(recognised)
-    elif recognised.first_keys is not None and recognised.last_keys is not None:
-        ranges = Ranges(recognised.first_keys, recognised.last_keys, num_keys)
-    else:
-        left, right = options.get("window", (None, None))
-        right = 0 if options.get("causal") else right
-        ranges = windowed(recognised.shape, left, right, options.get("align", "bottom_right"))
     keys = np.arange(num_keys)
     return (keys >= ranges.first[:, None]) & (keys <= ranges.last[:, None])
+
+
+def ranges_of(recognised: Recognised) -> Ranges | None:
+    """The keys each row sees, or None where they are no range: of a tree, and of a dense mask."""
+    options = recognised.options
+    if recognised.kind in ("tree", "dense"):
+        return None
+    if recognised.kind == "document":
+        return _segment_ranges(recognised)
+    if recognised.first_keys is not None and recognised.last_keys is not None:
+        return Ranges(recognised.first_keys, recognised.last_keys, recognised.shape[1])
+    left, right = options.get("window", (None, None))
+    right = 0 if options.get("causal") else right
+    return windowed(recognised.shape, left, right, options.get("align", "bottom_right"))
 
 
 def row_ranges(mask: np.ndarray) -> Ranges | None:

@@ -235,6 +235,8 @@ def test_deterministic_bits_do_not_depend_on_the_layout():
 
 # Masks that are something else
 
+AS_RANGES = ("dense_mask_prefix", "dense_mask_padded", "dense_mask_padded_decode")
+
 
 @pytest.mark.parametrize(
     "name,text,kept",
@@ -244,6 +246,8 @@ def test_deterministic_bits_do_not_depend_on_the_layout():
         ("dense_mask_window", "a window", {"window": (9, 4)}),
         ("dense_mask_prefix", "a prefix", {}),
         ("dense_mask_documents", "documents", {}),
+        ("dense_mask_padded", "causal", {}),
+        ("dense_mask_padded_decode", "one range", {}),
         ("dense_mask_tree", "a tree", {}),
         ("dense_bool_mask", "no structure", {}),
     ],
@@ -256,7 +260,7 @@ def test_a_dense_mask_is_recognised(name, text, kept):
         assert text in part.mask_text and place.out.shape[:-1] == part.arrays["query"].shape[:-1]
         assert {option: getattr(part.options, option) for option in kept} == kept
         assert ("mask" in part.arrays) == (name in ("dense_mask_tree", "dense_bool_mask"))
-        assert ("first_keys" in part.arrays) == (name == "dense_mask_prefix")
+        assert ("first_keys" in part.arrays) == (name in AS_RANGES)
         assert text in str(part.request().options["mask"])
     assert len(found) == (2 if name == "dense_mask_documents" else 1)
 
