@@ -147,3 +147,14 @@ def test_what_is_not_done_is_refused_by_name():
     for name in ("profiler_buffer", "o_scale"):
         with pytest.raises(NotImplementedError, match=name):
             case.run(**{name: torch.ones(1)})
+
+
+def test_scales_belong_to_float8():
+    narrow, plain = Latent(torch.bfloat16, kv_dtype=torch.float8_e4m3fn).plan(), Latent().plan()
+    tiles = torch.ones(*narrow.ckv.shape[:2], 4)
+    for given in ({}, {"ckv_scale": 1.0}, {"ckv_scale": 1.0, "ckv_scale_arr": tiles, "kpe_scale": 1.0}):
+        with pytest.raises(ValueError, match="ckv_scale"):
+            narrow.run(**given)
+    for name in ("ckv_scale", "kpe_scale"):
+        with pytest.raises(ValueError, match=name):
+            plain.run(**{name: 1.0})

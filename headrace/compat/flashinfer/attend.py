@@ -117,7 +117,7 @@ def attend(
 
 def _check(q: Tensor, keys: Tensor, values: Tensor, batch: Batch) -> None:
     if len(q) != batch.num_tokens:
-        raise ValueError(f"q: expected {batch.num_tokens} tokens, the last of its starts, got {len(q)}")
+        raise ValueError(f"q: expected {batch.num_tokens} tokens by qo_indptr or q_len_per_req, got {len(q)}")
     for name, array in (("k", keys), ("v", values)):
         if array.dtype == torch.uint8:
             raise NotImplementedError(

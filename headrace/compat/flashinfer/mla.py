@@ -108,6 +108,7 @@ class BatchMLAPagedAttentionWrapper(Workspace):
             plan = planned(self._plan)
         if q_nope.element_size() == 1:
             q_nope, q_pe = q_nope.bfloat16(), q_pe.bfloat16()  # which holds every code
+        _check_scales(ckv_cache, ckv_scale, ckv_scale_arr, kpe_scale)
         ckv_scales = ckv_scale if ckv_scale_arr is None else ckv_scale_arr
         pages, table = _side_by_side((ckv_cache, ckv_scales), (kpe_cache, kpe_scale), plan.batch, q_nope.dtype)
         direct = out is not None and out.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -129,6 +130,14 @@ class BatchMLAPagedAttentionWrapper(Workspace):
         return (result, sums) if return_lse else result
 
     run_return_lse = functools.partialmethod(run, return_lse=True)
+
+
+def _check_scales(cache: Tensor, of_all: float | None, by_tile: Tensor | None, of_keys: float | None) -> None:
+    narrow = cache.element_size() == 1
+    if narrow and ((of_all is None) == (by_tile is None) or of_keys is None):
+        raise ValueError("ckv_scale, ckv_scale_arr: Exactly one of ckv_scale or ckv_scale_arr, and kpe_scale, for float8")
+    if not narrow and any(scale is not None for scale in (of_all, by_tile, of_keys)):
+        raise ValueError(f"ckv_scale, ckv_scale_arr, kpe_scale: expected None with caches in {cache.dtype}, got scales")
 
 
 def _cutlass_plan(kv_len: Tensor, page_table: Tensor) -> _Plan:
