@@ -135,9 +135,9 @@ class BatchMLAPagedAttentionWrapper(Workspace):
 def _check_scales(cache: Tensor, of_all: float | None, by_tile: Tensor | None, of_keys: float | None) -> None:
     narrow = cache.element_size() == 1
     if narrow and ((of_all is None) == (by_tile is None) or of_keys is None):
-        raise ValueError("ckv_scale, ckv_scale_arr: Exactly one of ckv_scale or ckv_scale_arr, and kpe_scale, for float8")
+        raise ValueError("Exactly one of ckv_scale or ckv_scale_arr is needed with float8 caches, and kpe_scale")
     if not narrow and any(scale is not None for scale in (of_all, by_tile, of_keys)):
-        raise ValueError(f"ckv_scale, ckv_scale_arr, kpe_scale: expected None with caches in {cache.dtype}, got scales")
+        raise ValueError(f"ckv_scale, ckv_scale_arr, kpe_scale: expected None with {cache.dtype} caches, got scales")
 
 
 def _cutlass_plan(kv_len: Tensor, page_table: Tensor) -> _Plan:
