@@ -1,4 +1,4 @@
-"""What FlashAttention 3 and 4 add: float8, a second query, combining parts, and version 3's own order of arguments."""
+"""What FlashAttention 3 and 4 add: float8, a second query, combining parts, and their own orders of arguments."""
 
 import inspect
 import math
@@ -9,6 +9,7 @@ from flash_attn_cases import KEY_LENS, QUERY_LENS, arrays, ragged_arrays, starts
 from plain_attention import hold, plain, random
 
 from headrace.compat import flash_attn, flash_attn_interface
+from headrace.compat.flash_attn import cute
 
 REQUIRED = inspect.Parameter.empty
 LENGTHS = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
@@ -86,11 +87,64 @@ FA3 = {
 
 @pytest.mark.parametrize("name", FA3)
 def test_the_signatures_of_version_3(name):
-    found = inspect.signature(getattr(flash_attn_interface, name)).parameters.values()
-    texts = [
+    assert told(getattr(flash_attn_interface, name)) == FA3[name]
+
+
+def told(function):
+    """Names and defaults, in order."""
+    found = inspect.signature(function).parameters.values()
+    return " ".join(
         each.name if each.default is REQUIRED else f"{each.name}={each.default}".replace(", ", ",") for each in found
-    ]
-    assert " ".join(texts) == FA3[name]
+    )
+
+
+_OPTIONS_4 = (
+    "softmax_scale=None causal=False window_size=(None,None) learnable_sink=None softcap=0.0 num_splits=1 "
+    "pack_gqa=None deterministic=False score_mod=None score_mod_bwd=None mask_mod=None"
+)
+FA4 = {
+    "flash_attn_func": f"q k v qv=None gather_kv_indices=None {_OPTIONS_4} aux_tensors=None aux_scalars=None "
+    "block_sparse_tensors=None block_sparse_tensors_bwd=None return_lse=False",
+    "flash_attn_varlen_func": "q k v qv=None cu_seqlens_q=None cu_seqlens_k=None max_seqlen_q=None max_seqlen_k=None "
+    f"min_seqlen_k=None seqused_q=None seqused_k=None gather_kv_indices=None page_table=None {_OPTIONS_4} "
+    "block_sparse_tensors=None aux_tensors=None aux_scalars=None return_lse=False scheduler_metadata=None "
+    "seqlen_k_per_split=None disable_scheduler_metadata=False",
+}
+
+
+@pytest.mark.parametrize("name", FA4)
+def test_the_signatures_of_version_4(name):
+    assert told(getattr(cute, name)) == FA4[name]
+
+
+def test_version_4_gives_what_version_2_does():
+    q, k, v = arrays()
+    sink = torch.linspace(-1, 1, 6, dtype=torch.bfloat16)
+    options = {"causal": True, "softcap": 4.0, "learnable_sink": sink}
+    expected = flash_attn.flash_attn_func(q, k, v, window_size=(9, -1), return_lse=True, **options)
+    found = cute.flash_attn_func(q, k, v, window_size=(9, None), return_lse=True, **options)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert cute.flash_attn_func(q, k, v)[1] is None
+    q, k, v = ragged_arrays()
+    lens = (starts_of(QUERY_LENS), starts_of(KEY_LENS), 17, 30)
+    expected = flash_attn.flash_attn_varlen_func(q, k, v, *lens, **options)
+    found = cute.flash_attn_varlen_func(q, k, v, None, *lens, **options)
+    assert torch.equal(found[0], expected) and found[1] is None
+
+
+def test_version_4_has_the_heads_last_beside_a_second_query_and_minus_inf_of_nothing():
+    q, k, v = arrays(torch.float32, queries=5, keys=2)
+    _, lse = cute.flash_attn_func(q, k, v, causal=True, return_lse=True)
+    assert lse.shape == (2, 6, 5) and (lse[:, :, :3] == -torch.inf).all()
+    _, turned = cute.flash_attn_func(q, k, v, torch.zeros_like(q), causal=True, return_lse=True)
+    assert turned.shape == (2, 5, 6)
+
+
+@pytest.mark.parametrize("name", ["score_mod", "mask_mod", "aux_tensors", "block_sparse_tensors", "gather_kv_indices"])
+def test_version_4_refuses_by_name(name):
+    for function in (cute.flash_attn_func, cute.flash_attn_varlen_func):
+        with pytest.raises(NotImplementedError, match=f"^{name}: "):
+            function(*arrays(), **{name: ()})
 
 
 def test_version_3_says_minus_inf_of_nothing():

@@ -321,6 +321,18 @@ def test_arguments_that_need_each_other():
         flash_attn_with_kvcache(q, *scene.parts, rotary_cos=cos, rotary_sin=sin, **scene.arguments)
 
 
+@pytest.mark.parametrize("page_size,name", [(None, "k_cache"), (16, "block_table")])
+def test_sequences_longer_than_their_place(page_size, name):
+    scene, more = Scene(page_size=page_size), torch.full((4,), ROOM, dtype=torch.int32)
+    before = [part.clone() for part in scene.parts]
+    q, k, v = (random(4, 1, heads, 32, dtype=torch.bfloat16) for heads in (6, 2, 2))
+    with pytest.raises(RuntimeError, match=f"{name}: has room for 48 tokens of a sequence, .* ask for 49"):
+        flash_attn_with_kvcache(q, *scene.parts, k, v, **(scene.arguments | {"cache_seqlens": more}))
+    with pytest.raises(RuntimeError, match=f"{name}: .* 49"):
+        flash_attn_with_kvcache(q, *scene.parts, **(scene.arguments | {"cache_seqlens": more + 1}))
+    assert all(torch.equal(bits(one), bits(other)) for one, other in zip(scene.parts, before, strict=True))
+
+
 def test_unknown_and_refused_keywords():
     scene, q = Scene(), random(4, 1, 6, 32, dtype=torch.bfloat16)
     with pytest.raises(TypeError, match=r"flash_attn_with_kvcache\(\) got an unexpected keyword argument 'dropout_p'"):

@@ -4,7 +4,7 @@
     from headrace.compat.flash_attn import flash_attn_func, flash_attn_varlen_func    # after
 
 So too `flash_attn.flash_attn_interface`, `flash_attn.bert_padding`, `flash_attn.layers.rotary`; version 3's own order
-of arguments is in `headrace.compat.flash_attn_interface`.
+of arguments is in `headrace.compat.flash_attn_interface`, version 4's in `headrace.compat.flash_attn.cute`.
 
 | | |
 |---|---|

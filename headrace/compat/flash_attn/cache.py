@@ -50,6 +50,16 @@ class Cache:
             lens = lens.fill_(seqlens) if isinstance(seqlens, int) else seqlens.to(torch.int32)
         return Cache(k_cache.detach(), v_cache.detach(), rows, lens, paged)
 
+    def check_room(self, new: NewTokens | None) -> None:
+        """RuntimeError, as the library's, for sequences that are longer than their place, the new tokens included."""
+        lens = self.lens if new is None else self.lens + new.starts.diff()
+        room, longest = self.table.shape[1] * self.keys.shape[1], int(lens.max()) if len(lens) else 0
+        if longest > room:
+            name = "block_table" if self.paged else "k_cache"
+            raise RuntimeError(
+                f"{name}: has room for {room} tokens of a sequence, cache_seqlens and k ask for {longest}"
+            )
+
     def slots(self, places: Tensor, request: Tensor) -> Tensor:
         """int32 [rows]: where in the pages a sequence's place is."""
         size = self.keys.shape[1]
@@ -148,6 +158,7 @@ def attend_cached(
 ) -> Attended:
     """Attention of q [batch, tokens, heads, dim], or ragged, over the cache; what is new is in it afterwards."""
     q = q.detach()
+    cache.check_room(new)
     if rotary is not None:
         rotary = replace(rotary, seqlens=further.rotary_seqlens)
         q = _rotated_query(q, further.cu_seqlens_q, rotary, rotary.first(cache.lens))

@@ -257,6 +257,9 @@ def _with_plus_inf(lse: Tensor) -> Tensor:
     return torch.where(lse == -torch.inf, torch.inf, lse)
 
 
+# What the library's own tests import beside its functions: whether it runs by Triton, and how many keys a block has.
+USE_TRITON_ROCM = False
+
+
 def _get_block_size_n(device: Any, head_dim: int, is_dropout: bool, is_causal: bool) -> int:
-    """Keys that are looked at together. The library has no public name for it, and its tests ask."""
     return 64
