@@ -246,6 +246,16 @@ def test_float8_caches(page_size):
         assert torch.equal(bits(part[wide.at(1, torch.tensor([7]))]), bits(row[1]))
 
 
+def test_float8_is_rotated_as_the_numbers_it_holds():
+    scene, (cos, sin) = Scene(torch.float32), tables(torch.float32, 16)
+    narrow = [part.nan_to_num(0.0).to(torch.float8_e4m3fn) for part in scene.parts]
+    q, k, v = (random(4, 1, heads, 32).to(torch.float8_e4m3fn) for heads in (6, 2, 2))
+    flash_attn_with_kvcache(q, *narrow, k, v, cos, sin, **scene.arguments)
+    at = torch.tensor(LENS)
+    expected = torch.stack([turned(row, cos[i : i + 1], sin[i : i + 1], True) for row, i in zip(k, at, strict=True)])
+    assert torch.equal(bits(narrow[0][torch.arange(4), at]), bits(expected[:, 0].to(torch.float8_e4m3fn)))
+
+
 def _longer(arguments):
     return arguments | {"cache_seqlens": arguments["cache_seqlens"] + 1}
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from headrace import ops
-from headrace.compat.flash_attn.translation import packed
 
 
 def flash_attn_combine(
@@ -19,7 +18,7 @@ def flash_attn_combine(
     out_partial: float32 [parts, .., heads, dim]; lse_partial: float32 [parts, .., heads], natural, -inf where a part
     saw no key. out is written to when given; else it is of out_dtype, by default out_partial's.
     """
-    parts = [(packed(part), packed(lse)) for part, lse in zip(out_partial, lse_partial, strict=True)]
+    parts = [(part.contiguous(), lse.contiguous()) for part, lse in zip(out_partial, lse_partial, strict=True)]
     dtype = out_dtype or (out_partial.dtype if out is None else out.dtype)
     found = ops.merge_attention(parts, out_dtype=str(dtype).removeprefix("torch."))
     return found.out if out is None else out.copy_(found.out), found.lse

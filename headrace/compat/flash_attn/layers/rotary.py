@@ -50,7 +50,7 @@ def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x [.., heads, dim], the same of each token's heads rotated by its cos and sin [.., pairs]; float32 at least."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(wide).unsqueeze(-2), sin.to(wide).unsqueeze(-2)
     rotary_dim = 2 * cos.shape[-1]
     pairs, rest = x[..., :rotary_dim].to(wide), x[..., rotary_dim:]
