@@ -83,6 +83,12 @@ def test_parts_of_one_tensor_are_read_where_they_lie():
     assert joined(case.ckv.contiguous(), case.kpe.contiguous()) is None
 
 
+def test_lists_of_pages_are_read_from_their_starts():
+    case = Latent().plan()
+    expected, case.indptr = case.run(), case.indptr[:-1]
+    assert torch.equal(case.plan().run(), expected)
+
+
 def test_no_rotated_keys():
     case = Latent(rope=0).plan()
     hold(*case.run(return_lse=True), case.requests())
@@ -155,6 +161,8 @@ def test_scales_belong_to_float8():
     for given in ({}, {"ckv_scale": 1.0}, {"ckv_scale": 1.0, "ckv_scale_arr": tiles, "kpe_scale": 1.0}):
         with pytest.raises(ValueError, match="ckv_scale"):
             narrow.run(**given)
+    with pytest.raises(ValueError, match="ckv_scale_arr"):
+        narrow.run(ckv_scale_arr=tiles[..., :3], kpe_scale=1.0)
     for name in ("ckv_scale", "kpe_scale"):
         with pytest.raises(ValueError, match=name):
             plain.run(**{name: 1.0})

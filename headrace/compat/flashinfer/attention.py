@@ -50,7 +50,7 @@ class BatchAttention:
         """What the next runs have in common: tokens, pages and lengths of each request, options."""
         refuse(profiler_buffer=use_profiler or None)
         variant = Variant(causal=causal, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)
-        self._plan = _Plan(paged_batch(qo_indptr, kv_indptr, kv_indices, kv_len_arr), variant)
+        self._plan = _Plan(paged_batch(qo_indptr, kv_indptr, kv_indices, kv_len_arr, page_size), variant)
 
     def run(
         self,

@@ -64,18 +64,25 @@ def int32(array: Tensor) -> Tensor:
     return array.detach().to("cpu", torch.int32).flatten().contiguous()
 
 
-def paged_batch(query_starts: Tensor, kv_indptr: Tensor, kv_indices: Tensor, key_lens: Tensor) -> Batch:
-    """Requests whose pages are kv_indices[kv_indptr[r] : kv_indptr[r + 1]]."""
-    return Batch(int32(query_starts), int32(key_lens), page_table=page_table(int32(kv_indptr), int32(kv_indices)))
+def paged_batch(query_starts: Tensor, kv_indptr: Tensor, kv_indices: Tensor, key_lens: Tensor, page_size: int) -> Batch:
+    """Requests whose pages begin at kv_indices[kv_indptr[r]], as many as their keys fill."""
+    lens = int32(key_lens)
+    table = page_table(int32(kv_indptr)[: len(lens)], -(-lens // page_size), int32(kv_indices))
+    return Batch(int32(query_starts), lens, page_table=table)
 
 
-def page_table(kv_indptr: Tensor, kv_indices: Tensor) -> Tensor:
+def listed_pages(kv_indptr: Tensor, kv_indices: Tensor) -> Tensor:
+    """The table of requests whose pages are kv_indices[kv_indptr[r] : kv_indptr[r + 1]]."""
+    ends = int32(kv_indptr)
+    return page_table(ends[:-1], ends.diff(), int32(kv_indices))
+
+
+def page_table(starts: Tensor, counts: Tensor, kv_indices: Tensor) -> Tensor:
     """The pages of each request in a row of its own, int32 [requests, max_pages]; 0 behind them."""
-    counts = kv_indptr.diff()
     most = max(int(counts.max()), 1) if len(counts) else 1
     used = torch.arange(most) < counts[:, None]
     table = torch.zeros(len(counts), most, dtype=torch.int32)
-    table[used] = kv_indices[int(kv_indptr[0]) : int(kv_indptr[-1])]
+    table[used] = kv_indices[(starts[:, None] + torch.arange(most))[used].long()]
     return table
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.compat.flashinfer.attend import Place, Scales, Variant, attend
-from headrace.compat.flashinfer.batch import Batch, int32, page_table, paged_lens
+from headrace.compat.flashinfer.batch import Batch, int32, listed_pages, paged_lens
 from headrace.compat.flashinfer.layout import Cache, dtype_of, key_value_pages
 from headrace.compat.flashinfer.single import single_decode_with_kv_cache
 from headrace.compat.flashinfer.workspace import Workspace, buffers_of, fill, planned, refuse
@@ -100,7 +100,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Workspace):
             raise ValueError(f"q_len_per_req: expected at least 1, got {q_len_per_req}")
         self._fill(indptr, indices, last_page_len)
         lens = paged_lens(indptr, last_page_len, page_size) if seq_lens is None else int32(seq_lens)
-        table = page_table(int32(indptr), int32(indices)) if block_tables is None else _table(block_tables)
+        table = listed_pages(indptr, indices) if block_tables is None else _table(block_tables)
         starts = torch.arange(len(lens) + 1, dtype=torch.int32) * q_len_per_req
         variant = Variant(
             causal=q_len_per_req > 1 and window_right == 0,

@@ -65,8 +65,8 @@ class BatchMLAPagedAttentionWrapper(Workspace):
     ) -> None:
         """What the next runs have in common.
 
-        Request r: tokens qo_indptr[r] .. qo_indptr[r + 1], the pages kv_indices[kv_indptr[r] : kv_indptr[r + 1]], of
-        which kv_len_arr[r] tokens count. sm_scale: of the heads before they were absorbed. Causal is aligned at the
+        Request r: tokens qo_indptr[r] .. qo_indptr[r + 1], the pages from kv_indices[kv_indptr[r]] on that
+        kv_len_arr[r] tokens fill. sm_scale: of the heads before they were absorbed. Causal is aligned at the
         bottom right. Types and sizes are taken from the arrays of run.
         """
         refuse(profiler_buffer=use_profiler or None)
@@ -74,7 +74,7 @@ class BatchMLAPagedAttentionWrapper(Workspace):
             values = (qo_indptr, kv_indptr, kv_indices, kv_len_arr)
             for (name, buffer), given in zip(self._buffers.items(), values, strict=True):
                 fill(buffer, given, name)
-        self._plan = _Plan(paged_batch(qo_indptr, kv_indptr, kv_indices, kv_len_arr), causal, sm_scale)
+        self._plan = _Plan(paged_batch(qo_indptr, kv_indptr, kv_indices, kv_len_arr, page_size), causal, sm_scale)
 
     def run(
         self,
@@ -136,6 +136,9 @@ def _check_scales(cache: Tensor, of_all: float | None, by_tile: Tensor | None, o
     narrow = cache.element_size() == 1
     if narrow and ((of_all is None) == (by_tile is None) or of_keys is None):
         raise ValueError("Exactly one of ckv_scale or ckv_scale_arr is needed with float8 caches, and kpe_scale")
+    if by_tile is not None and (by_tile.shape[:-1] != cache.shape[:-1] or cache.shape[-1] % by_tile.shape[-1]):
+        expected = [*cache.shape[:-1], cache.shape[-1] // 128]
+        raise ValueError(f"Invalid shape of ckv_scale_arr: expected {expected}, got {list(by_tile.shape)}")
     if not narrow and any(scale is not None for scale in (of_all, by_tile, of_keys)):
         raise ValueError(f"ckv_scale, ckv_scale_arr, kpe_scale: expected None with {cache.dtype} caches, got scales")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headrace.compat.flashinfer.attend import Place, Scale, Scales, Variant, attend
-from headrace.compat.flashinfer.batch import Batch, int32, page_table, paged_lens
+from headrace.compat.flashinfer.batch import Batch, int32, listed_pages, paged_lens
 from headrace.compat.flashinfer.layout import Cache, dtype_of, key_value_pages
 from headrace.compat.flashinfer.ragged import BatchPrefillWithRaggedKVCacheWrapper
 from headrace.compat.flashinfer.single import (
@@ -118,7 +118,7 @@ class BatchPrefillWithPagedKVCacheWrapper(Workspace):
         self._fill(qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
         lens = paged_lens(paged_kv_indptr, paged_kv_last_page_len, page_size) if seq_lens is None else int32(seq_lens)
         if block_tables is None:
-            table = page_table(int32(paged_kv_indptr), int32(paged_kv_indices))
+            table = listed_pages(paged_kv_indptr, paged_kv_indices)
         else:
             table = int32(block_tables).view(block_tables.shape)
         batch = Batch(int32(qo_indptr), lens, page_table=table).masked(custom_mask, packed_custom_mask)

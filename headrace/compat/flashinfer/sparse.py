@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from headrace.compat.flashinfer.attend import Place, Scale, Scales, Variant, attend, copied
-from headrace.compat.flashinfer.batch import Batch, int32, page_table
+from headrace.compat.flashinfer.batch import Batch, int32, listed_pages
 from headrace.compat.flashinfer.layout import dtype_of
 from headrace.compat.flashinfer.workspace import Workspace, planned
 
@@ -83,7 +83,7 @@ class BlockSparseAttentionWrapper(Workspace):
         rows = torch.arange(len(blocks), dtype=torch.int32) * R
         starts, lens = rows.clamp(max=M), blocks.diff() * C
         flat = None if mask is None or packed_mask is not None else convert_bsr_mask_layout(mask, blocks)
-        batch = Batch(starts, lens, page_table=page_table(blocks, int32(indices))).masked(flat, packed_mask)
+        batch = Batch(starts, lens, page_table=listed_pages(blocks, indices)).masked(flat, packed_mask)
         variant = Variant(
             causal=causal and mask is None and packed_mask is None,
             pos_encoding_mode=pos_encoding_mode,
@@ -193,7 +193,7 @@ class VariableBlockSparseAttentionWrapper(Workspace):
         starts = torch.cat([torch.zeros(1, dtype=torch.int64), block_row_sz.long().flatten().cumsum(0)])
         lens, keys = _seen_keys(block_mask_map.bool(), block_col_sz.long())
         ends = torch.cat([torch.zeros(1, dtype=torch.int64), lens.cumsum(0)])
-        table = page_table(int32(ends), int32(keys))
+        table = listed_pages(ends, keys)
         variant = Variant(
             causal=causal,
             pos_encoding_mode=pos_encoding_mode,
