@@ -27,7 +27,7 @@ GRADIENTS = (
     dense("backward_tile_edges", 2, 33, 129, **heads(4, 2, 33, 31)),
     dense("backward_key_edges", 1, 65, 257, causal=False, **heads(1, 1, 16)),
     dense("backward_many_heads", 1, 5, 140, **heads(71, 1)),
-    dense("backward_window", 2, 200, 200, window=(40, None), **heads(2, 2, 32)),
+    dense("backward_window", 1, 300, 300, window=(40, None), **heads(2, 2, 32)),
     dense(
         "backward_everything",
         2,

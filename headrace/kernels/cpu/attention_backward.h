@@ -1,7 +1,7 @@
 // attention backward: gradients of queries, keys and values from those of out and lse, scores recomputed from lse.
 //   weight = exp(score - total)   d_value = weight^T d_out   flow = d_out value^T   slope = weight (flow - delta) cap' scale
 //   d_query = slope key           d_key = slope^T query
-// Wins: always; the only one. Schedule: a work item is one KV head of a request. Two blocks of 64 keys at a time, and for them
+// Wins: always; the only one. Schedule: a work item is one KV head of a request. Two blocks of 64 keys at a time (four of bf16), and for them
 // tile after tile of 64 rows (all heads of the group); scores stand keys by rows, so that weights and slopes are the left
 // factors of d_value and d_key as they come, what belongs to a row lies in a lane, and nothing is transposed between the five
 // products. d_query is gathered transposed. Items that would keep threads waiting are computed in parts, keys and rows apart
@@ -58,26 +58,28 @@ template <class Item> struct Factors {
 template <class Way> struct GradientBuffers {
   using Item = typename Way::Item;
   int64_t query_width, value_width;
-  Item *keys, *turned, *values;                      // [128, width]; each block's [width, 64]; [128, width]
+  Item *keys, *turned, *values;                      // [keys, width]; each block's [width, 64]; [keys, width]
   Item *query, *query_rows, *d_out, *d_out_rows;     // right factors by element and by row
   float *scores, *flows;                             // [64 keys, 64 rows]
   Item *weights, *slopes, *slope_rows;               // left factors, the same; right factor by key
-  float *d_keys, *d_values, *d_query;                // sums: [128, width], [128, width], each tile's [width, 64]
+  float *d_keys, *d_values, *d_query;                // sums: [keys, width], [keys, width], each tile's [width, 64]
   float *bias, *masked, *ones;                       // [64 keys, 64 rows], [16 rows, 64 keys], a factor of 1 for each row
-  float *totals, *deltas, *first, *last, *own, *alibi;  // of the tile's rows; keys counted from the block's first
+  float *minus_totals, *deltas;                      // of the tile's rows; totals in units of the way's power
+  float *first, *last, *own, *alibi;                 // keys counted from the block's first
   Item* spare;                                       // 64 keys
 
+  static_assert(Way::kKeys <= kMostGradientKeys, "");
   GradientBuffers(const AttentionCall& c, const GradientWork& w) : free_(reinterpret_cast<char*>(w.scratch)) {
     constexpr int64_t square = kKeyBlock * kGradientRows;
     query_width = Way::padded(c.head_dim);
     value_width = Way::padded(c.value_dim);
-    take(keys, kGradientKeys * query_width), take(turned, kGradientKeys * query_width), take(values, kGradientKeys * value_width);
+    take(keys, Way::kKeys * query_width), take(turned, Way::kKeys * query_width), take(values, Way::kKeys * value_width);
     take(query, kGradientRows * query_width), take(query_rows, kGradientRows * query_width);
     take(d_out, kGradientRows * value_width), take(d_out_rows, kGradientRows * value_width);
     take(scores, square), take(flows, square), take(weights, square), take(slopes, square), take(slope_rows, square);
-    take(d_keys, kGradientKeys * query_width), take(d_values, kGradientKeys * value_width);
+    take(d_keys, Way::kKeys * query_width), take(d_values, Way::kKeys * value_width);
     take(bias, square), take(masked, kLanes * kKeyBlock), take(ones, greater(query_width, kKeyBlock));
-    take(totals, kGradientRows), take(deltas, kGradientRows), take(first, kGradientRows), take(last, kGradientRows);
+    take(minus_totals, kGradientRows), take(deltas, kGradientRows), take(first, kGradientRows), take(last, kGradientRows);
     take(own, kGradientRows), take(alibi, kGradientRows);
     take(spare, kKeyBlock * query_width);
     take(d_query, 0);
@@ -106,21 +108,24 @@ struct Weighed {
 template <class Way, bool adjusted>
 static inline Weighed weigh_products(const WeighRule& rule, const GradientBuffers<Way>& b, int64_t key, int64_t row) {
   int64_t at = key * kGradientRows + row;
-  Floats factor = broadcast(rule.scale), score = mul(load(b.scores + at), factor);
+  Floats scale = broadcast(rule.scale), score = load(b.scores + at), unit = broadcast(rule.scale * Way::kUnit);
+  Floats slope = mul(sub(load(b.flows + at), load(b.deltas + row)), scale);
   if (adjusted) {
     Floats number = broadcast(static_cast<float>(key)), hidden = broadcast(kNoScore);
+    score = mul(score, scale);
+    unit = broadcast(Way::kUnit);
     if (rule.cap > 0) {
       Floats bent = hyperbolic_tangent(mul(score, broadcast(1.0f / rule.cap)));
       score = mul(bent, broadcast(rule.cap));
-      factor = mul(factor, sub(broadcast(1.0f), mul(bent, bent)));
+      slope = mul(slope, sub(broadcast(1.0f), mul(bent, bent)));
     }
     if (rule.distant) score = sub(score, mul(load(b.alibi + row), absolute(sub(load(b.own + row), number))));
     if (rule.masked) score = add(score, load(b.bias + at));
     score = select_less(number, load(b.first + row), hidden, score);
     score = select_less(load(b.last + row), number, hidden, score);
   }
-  Floats weight = Way::exponential_of(sub(score, load(b.totals + row)));
-  return {weight, mul(mul(weight, sub(load(b.flows + at), load(b.deltas + row))), factor)};
+  Floats weight = Way::power(fma(score, unit, load(b.minus_totals + row)));
+  return {weight, mul(weight, slope)};
 }
 
 // Up to 64 rows of the item, and the tokens they are of.
@@ -145,10 +150,10 @@ template <class F> static inline void each_row(const AttentionCall& c, const Gra
 template <class Way>
 static void load_row_tile(const AttentionCall& c, const GradientCall& g, const GradientWork& w, const RowTile& t, GradientBuffers<Way>& b) {
   int64_t queries[kGradientRows], d_outs[kGradientRows];
-  for (int64_t i = t.rows; i < kGradientRows; ++i) b.totals[i] = __builtin_inff(), b.deltas[i] = b.alibi[i] = 0.0f;
+  for (int64_t i = t.rows; i < kGradientRows; ++i) b.minus_totals[i] = kNoScore, b.deltas[i] = b.alibi[i] = 0.0f;
   each_row(c, w, t, [&](int64_t i, int64_t token, int64_t head) {
     int64_t at = (w.first_token + token) * c.heads + head;
-    b.totals[i] = g.totals[at];
+    b.minus_totals[i] = -g.totals[at] * Way::kUnit;
     b.deltas[i] = g.deltas[at];
     if (w.rows.alibi) b.alibi[i] = w.rows.alibi[head];
     queries[i] = token * c.query_strides.token + head * c.query_strides.head;
@@ -166,7 +171,7 @@ static void load_row_tile(const AttentionCall& c, const GradientCall& g, const G
   });
 }
 
-// Two blocks of keys and values from number `origin` on; those that are none of the request's are zeros, and not touched.
+// Some blocks of keys and values from number `origin` on; those that are none of the request's are zeros, and not touched.
 template <class Way> static void load_key_blocks(const AttentionCall& c, const GradientWork& w, int64_t origin, GradientBuffers<Way>& b) {
   with_element(c.kv_type, [&](auto element) {
     using E = decltype(element);
@@ -174,7 +179,7 @@ template <class Way> static void load_key_blocks(const AttentionCall& c, const G
       return reinterpret_cast<const typename E::type*>(base) + w.rows.page * s.page + w.rows.first_slot * s.token + w.head * s.head;
     };
     const auto *keys = head_of(c.keys, c.key_strides), *values = head_of(c.values, c.value_strides);
-    for (int64_t block = 0; block < kGradientKeys; block += kKeyBlock) {
+    for (int64_t block = 0; block < Way::kKeys; block += kKeyBlock) {
       int64_t start = origin + block;
       auto there = [&](int64_t i) { return start + i >= 0 && start + i < w.rows.key_len; };
       Way::template pack_keys<E>(c.head_dim, [&](int64_t i) { return there(i) ? keys + (start + i) * c.key_strides.token : nullptr; },
@@ -223,7 +228,7 @@ static bool seen_by_all(const AttentionCall& c, const GradientWork& w, const Row
   return true;
 }
 
-// One tile against the block of keys at `start`, number `block` of the two; what nobody of the tile sees is left out.
+// One tile against the block of keys at `start`, number `block` of those loaded; what nobody of the tile sees is left out.
 template <class Way>
 static void add_block(Way& way, const AttentionCall& c, const GradientWork& w, const RowTile& t, int64_t start, int64_t block,
                       GradientBuffers<Way>& b) {
@@ -253,10 +258,10 @@ static void add_block(Way& way, const AttentionCall& c, const GradientWork& w, c
                                                        b.d_query + (t.row - w.row_begin) * b.query_width, kKeyBlock, rows, rows, count, b.ones});
 }
 
-// All tiles against the two blocks from `origin` on; they are loaded when the first tile sees any of them.
+// All tiles against the blocks from `origin` on; they are loaded when the first tile sees any of them.
 template <class Way>
 static void add_tiles(Way& way, const AttentionCall& c, const GradientCall& g, const GradientWork& w, int64_t origin, GradientBuffers<Way>& b) {
-  int64_t end = lesser(origin + kGradientKeys, w.key_end);
+  int64_t end = lesser(origin + Way::kKeys, w.key_end);
   bool loaded = false;
   for (int64_t row = w.row_begin; row < w.row_end; row += kGradientRows) {
     RowTile t = tile_at(c, w, row);
@@ -280,7 +285,7 @@ static void store_gradients(const float* from, int64_t width, char* base, int64_
 
 template <class Way>
 static void store_key_gradients(const AttentionCall& c, const GradientCall& g, const GradientWork& w, int64_t origin, const GradientBuffers<Way>& b) {
-  int64_t count = lesser(kGradientKeys, w.key_end - origin), slot = w.rows.first_slot + origin;
+  int64_t count = lesser(Way::kKeys, w.key_end - origin), slot = w.rows.first_slot + origin;
   auto place_of = [&](const CacheStrides& s) { return w.rows.page * s.page + slot * s.token + w.head * s.head; };
   store_gradients(b.d_keys, b.query_width, g.d_keys, place_of(g.d_key_strides), g.d_key_strides.token, c.kv_type, count, c.head_dim);
   store_gradients(b.d_values, b.value_width, g.d_values, place_of(g.d_value_strides), g.d_value_strides.token, c.kv_type, count, c.value_dim);
@@ -312,10 +317,10 @@ template <class Way> static void attend_backward_in(const AttentionCall& c, cons
   GradientBuffers<Way> b(c, w);
   int64_t tiles = padded_to(w.row_end - w.row_begin, kGradientRows);
   if (w.wants_queries) memset(b.d_query, 0, static_cast<size_t>(tiles * b.query_width) * sizeof(float));
-  for (int64_t origin = w.key_begin; origin < w.key_end; origin += kGradientKeys) {
+  for (int64_t origin = w.key_begin; origin < w.key_end; origin += Way::kKeys) {
     if (w.wants_keys && w.begins) {
-      memset(b.d_keys, 0, static_cast<size_t>(kGradientKeys * b.query_width) * sizeof(float));
-      memset(b.d_values, 0, static_cast<size_t>(kGradientKeys * b.value_width) * sizeof(float));
+      memset(b.d_keys, 0, static_cast<size_t>(Way::kKeys * b.query_width) * sizeof(float));
+      memset(b.d_values, 0, static_cast<size_t>(Way::kKeys * b.value_width) * sizeof(float));
     }
     add_tiles(way, c, g, w, origin, b);
     if (w.wants_keys && w.ends) store_key_gradients(c, g, w, origin, b);

@@ -1,6 +1,6 @@
 // attention backward over products of bf16: VDPBF16PS or AMX tiles (products_bf16.h), sums in float.
 // Wins: where queries, keys and gradients are bf16, or may be rounded to it. Schedule: that of attention_backward.h; rows are
-// packed once per two blocks of keys in pairs of elements and in pairs of rows, keys as they are and transposed; weights and
+// packed once per four blocks of keys in pairs of elements and in pairs of rows, keys as they are and transposed; weights and
 // slopes are rounded to bf16 as they are computed, pairs of keys of the slopes laid side by side. Bound: bf16 products.
 // Error: weights, slopes and what is multiplied with them are rounded to bf16, 2^-9 each; all sums are float.
 #pragma once
@@ -32,9 +32,11 @@ static inline void separate(Floats low, Floats high, Floats& even, Floats& odd) 
 struct InBf16 {
   using Item = uint16_t;
   static constexpr bool kInPlace = false;
+  static constexpr int64_t kKeys = 256;
+  static constexpr float kUnit = kLog2E;
   static constexpr int64_t kWords = 2 * kLanes;
   static int64_t padded(int64_t n) { return padded_depth(n); }
-  static Floats exponential_of(Floats x) { return power_of_two(mul(x, broadcast(kLog2E))); }
+  static Floats power(Floats x) { return power_of_two(x); }
   Multiplier multiplier;
 
   // row(i): where row i of 64 begins; null: zeros. spare: 64 rows.

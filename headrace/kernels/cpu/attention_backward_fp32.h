@@ -23,8 +23,10 @@ static void turn_rows(const float* from, int64_t width, float* to) {
 struct InFloats {
   using Item = float;
   static constexpr bool kInPlace = true;
+  static constexpr int64_t kKeys = 128;  // what fits in L2 beside the rows, here and with bf16
+  static constexpr float kUnit = 1.0f;
   static int64_t padded(int64_t n) { return padded_lanes(n); }
-  static Floats exponential_of(Floats x) { return exponential(x); }
+  static Floats power(Floats x) { return exponential(x); }
 
   // row(i): where row i of 64 begins; null: zeros.
   template <class E, class Row> static void pack_keys(int64_t dim, Row row, float* plain, float* turned, float*) {

@@ -8,7 +8,8 @@
 namespace headrace {
 
 constexpr int64_t kGradientRows = 64;   // query rows that are computed together
-constexpr int64_t kGradientKeys = 128;  // keys whose gradients are gathered before the next ones: two blocks
+constexpr int64_t kGradientKeys = 128;  // keys that a piece of work has a multiple of
+constexpr int64_t kMostGradientKeys = 256;  // whose gradients are gathered at a time, at most
 constexpr int64_t kOpposed = 32;        // dimensions are padded to a multiple of it
 
 // One token: for each head log of all its weights, and what its scores' gradients have in common.
@@ -56,7 +57,7 @@ static inline int64_t padded_to(int64_t n, int64_t step) { return (n + step - 1)
 // Scratch in floats, for whichever way products are computed.
 static inline int64_t gradient_scratch_floats(const AttentionCall& c, int64_t rows) {
   int64_t query = padded_to(c.head_dim, kOpposed), value = padded_to(c.value_dim, kOpposed);
-  int64_t keys = kGradientKeys * (3 * query + 2 * value) + kKeyBlock * query;
+  int64_t keys = kMostGradientKeys * (3 * query + 2 * value) + kKeyBlock * query;
   int64_t tile = kGradientRows * 2 * (query + value) + kKeyBlock * kGradientRows * 6 + 16 * kKeyBlock;
   return keys + tile + greater(query, kKeyBlock) + 16 * kGradientRows + padded_to(rows, kGradientRows) * query + 256;
 }
