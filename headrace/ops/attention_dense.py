@@ -194,7 +194,7 @@ def parts(call: Call, result: AttentionResult) -> list[tuple[Call, AttentionResu
     together = row_ranges(masks[:, 0]) if len(masks) > 1 and masks.shape[1] == 1 else None
     if together is not None:  # decoding: one look instead of one a sequence
         text = f"one range of keys for each of {len(masks)} sequences"
-        return [(_within(replace(call, mask_text=text), [together]), result)]
+        return [(within(replace(call, mask_text=text), [together]), result)]
     found = [recognise(each) for each in masks]
     texts = " / ".join(dict.fromkeys(each.text for each in found))
     plain = replace(call, arrays={k: v for k, v in call.arrays.items() if k != "mask"}, mask_text=texts)
@@ -204,7 +204,7 @@ def parts(call: Call, result: AttentionResult) -> list[tuple[Call, AttentionResu
         return [_as_ragged(plain, result, b, found[b % len(found)].segments) for b in range(call.extent.requests)]
     ranges = [each for each in map(ranges_of, found) if each is not None]
     if len(ranges) == len(found):
-        return [(_within(plain, ranges), result)]
+        return [(within(plain, ranges), result)]
     if all("columns" in each.options for each in found):
         columns = max(each.options["columns"] for each in found)
         return [(replace(plain, arrays={**call.arrays, "mask": mask[..., -columns:]}), result)]
@@ -242,7 +242,7 @@ def _as_ragged(
     return replace(call, arrays=arrays, extent=extent, options=options), place
 
 
-def _within(call: Call, ranges: Sequence[Ranges]) -> Call:
+def within(call: Call, ranges: Sequence[Ranges]) -> Call:
     """The call with each row's first and last key in place of a mask; ranges of one sequence hold for all."""
     first, last = (np.concatenate([getattr(each, end) for each in ranges]) for end in ("first", "last"))
     times = call.extent.queries // len(first)

@@ -32,7 +32,7 @@ from headrace.ops import attention_dense
 from headrace.ops.attention_formula import capped, log_sum_exp, per_head, position_bias
 from headrace.ops.attention_options import AttentionOptions, Window, checked_options
 from headrace.ops.attention_request import WIDTHS, Call, kernels_over, seen_of, unit_of
-from headrace.ops.masks import recognise, row_ranges
+from headrace.ops.masks import ranges_of, recognise
 from headrace.ops.select import Kernel, Request, Traffic, choose
 
 __all__ = ["AttentionGradients", "attention_backward", "kernels", "prepared", "reference"]
@@ -158,12 +158,8 @@ def simplified(call: Call) -> Call:
     plain = {name: array for name, array in call.arrays.items() if name != "mask"}
     if all(each.options == found[0].options and each.kind in attention_dense.AS_OPTIONS for each in found):
         return replace(named, arrays=plain, options=replace(call.options, **found[0].options))
-    ranges = [seen for seen in map(row_ranges, masks) if seen is not None]
-    if len(ranges) < len(masks):
-        return named
-    times = call.extent.requests // len(masks)
-    first, last = (np.concatenate([getattr(each, end) for each in ranges] * times) for end in ("first", "last"))
-    return replace(named, arrays={**plain, "first_keys": first.astype(np.int32), "last_keys": last.astype(np.int32)})
+    ranges = [each for each in map(ranges_of, found) if each is not None]
+    return attention_dense.within(named, ranges) if len(ranges) == len(found) else named
 
 
 def outputs(call: Call) -> AttentionGradients:

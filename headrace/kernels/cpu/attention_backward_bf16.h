@@ -3,6 +3,8 @@
 // packed once per four blocks of keys in pairs of elements and in pairs of rows, keys as they are and transposed; weights and
 // slopes are rounded to bf16 as they are computed, pairs of keys of the slopes laid side by side. Bound: bf16 products.
 // Error: weights, slopes and what is multiplied with them are rounded to bf16, 2^-9 each; all sums are float.
+// Measured: 71-76 % of VDPBF16PS (2048 tokens, causal, 8/8 and 32/8 heads of 128, one core of Zen 4, November 2026). Over tiles:
+// not measured, tested on emulated ones.
 #pragma once
 #include "attention_backward.h"
 #include "softmax_bf16.h"
