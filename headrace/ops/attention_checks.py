@@ -35,7 +35,6 @@ def check_heads(arrays: Mapping[str, Any], pages: str = "") -> None:
     shapes = {name: shape_of(arrays[name], name) for name in ("query", "key", "value")}
     dtypes = {name: dtype_name(arrays[name]) for name in shapes}
     _check_types(dtypes, pages)
-    _check_gradients(arrays)
     head_dim, heads, kv_heads = shapes["query"][-1], shapes["query"][-2], shapes["key"][-2]
     if logical_dim(shapes["key"], dtypes["key"]) != head_dim:
         got = logical_dim(shapes["key"], dtypes["key"])
@@ -61,17 +60,6 @@ def _check_types(dtypes: Mapping[str, str], pages: str) -> None:
     if (dtypes["query"] == "float64") != (dtypes["key"] == "float64"):
         got = f"{dtypes['query']} and {dtypes['key']}"
         raise ArgumentError(f"query, key{pages}: expected float64 for all or none, got {got}")
-
-
-def _check_gradients(arrays: Mapping[str, Any]) -> None:
-    # NOTE: a result that forgot its gradient would train nothing and say nothing.
-    tracked = [name for name in ("query", "key", "value") if getattr(arrays[name], "requires_grad", False)]
-    if tracked:
-        import torch
-
-        if torch.is_grad_enabled():
-            hint = "torch.no_grad(), or .detach()"
-            raise ArgumentError(f"{tracked[0]}: requires a gradient, which these kernels do not compute", hint)
 
 
 def check_scales(arrays: Mapping[str, Any], pages: str = "") -> None:

@@ -28,6 +28,7 @@ from headrace.ops.attention_formula import Mix, attend, decoded
 from headrace.ops.attention_options import AttentionOptions, AttentionResult, Window, checked_options
 from headrace.ops.attention_request import Call, Extent, kernels, launch, outputs, split_arguments
 from headrace.ops.masks import Ranges, Segment, ranges_of, recognise, row_ranges
+from headrace.ops.tracked import needs_torch
 
 __all__ = ["attention", "kernels", "prepared", "reference"]
 
@@ -70,26 +71,37 @@ def attention(
     Other options: attention_options.py; kernel and require: select.py.
     Raises ArgumentError for whatever does not fit, KernelError when no kernel, or not the one asked for, can run.
     """
-    call = prepared(
-        query,
-        key,
-        value,
-        causal=causal,
-        align=align,
-        window=window,
-        softcap=softcap,
-        scale=scale,
-        precision=precision,
-        deterministic=deterministic,
-        query_starts=query_starts,
-        key_starts=key_starts,
-        key_lens=key_lens,
-        key_scales=key_scales,
-        value_scales=value_scales,
-        mask=mask,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-    )
+    given = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "causal": causal,
+        "align": align,
+        "window": window,
+        "softcap": softcap,
+        "scale": scale,
+        "precision": precision,
+        "deterministic": deterministic,
+        "query_starts": query_starts,
+        "key_starts": key_starts,
+        "key_lens": key_lens,
+        "key_scales": key_scales,
+        "value_scales": value_scales,
+        "mask": mask,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+    }
+    if needs_torch(query, key, value, sinks, mask, alibi_slopes, key_scales, value_scales):
+        from headrace.ops import torch_attention
+
+        return torch_attention.attention(given, out=out, out_dtype=out_dtype, kernel=kernel, require=require)
+    return run(prepared(**given), out, out_dtype, kernel=kernel, require=require)
+
+
+def run(
+    call: Call, out: Any, out_dtype: str | None, *, kernel: str | None = None, require: Sequence[str] = ()
+) -> AttentionResult:
+    """The results of a prepared call."""
     result = outputs(call, out, out_dtype)
     for part, place in parts(call, result):
         launch(part, place, kernel=kernel, require=require)

@@ -30,6 +30,7 @@ from headrace.ops.attention_options import AttentionResult, Window
 from headrace.ops.attention_request import Call, kernels, outputs
 from headrace.ops.cascade import launch_shared
 from headrace.ops.sparse import selected
+from headrace.ops.tracked import needs_torch
 
 __all__ = ["kernels", "mla_attention", "prepared", "reference"]
 
@@ -70,29 +71,34 @@ def mla_attention(
     they were absorbed, which the latent does not tell. Any number of heads, any latent and rope. Tables, options and
     what is raised: paged_attention.
     """
-    call = prepared(
-        query,
-        latent_pages,
-        page_table,
-        sequence_lens,
-        query_starts=query_starts,
-        value_dim=value_dim,
-        scale=scale,
-        query_rope=query_rope,
-        latent_scales=latent_scales,
-        causal=causal,
-        align=align,
-        window=window,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        mask=mask,
-        indices=indices,
-        page_indices=page_indices,
-        precision=precision,
-        deterministic=deterministic,
-    )
+    given = {
+        "query": query,
+        "latent_pages": latent_pages,
+        "page_table": page_table,
+        "sequence_lens": sequence_lens,
+        "query_starts": query_starts,
+        "scale": scale,
+        "latent_scales": latent_scales,
+        "causal": causal,
+        "align": align,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+        "mask": mask,
+        "indices": indices,
+        "page_indices": page_indices,
+        "precision": precision,
+        "deterministic": deterministic,
+    }
+    own: dict[str, Any] = {"value_dim": value_dim, "query_rope": query_rope}
     cascade = cascade if indices is None and page_indices is None else False
+    if needs_torch(query, query_rope, latent_pages, sinks, mask, alibi_slopes, latent_scales):
+        from headrace.ops import torch_latent
+
+        choice: dict[str, Any] = {"cascade": cascade, "out_dtype": out_dtype, "kernel": kernel, "require": require}
+        return torch_latent.mla_attention(given, out=out, **own, **choice)
+    call = prepared(**given, **own)
     return launch_shared(call, outputs(call, out, out_dtype), cascade=cascade, kernel=kernel, require=require)
 
 

@@ -24,6 +24,7 @@ from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import check_writable, dtype_name, empty_like, numpy_dtype, shape_of
 from headrace.ops.attention_options import AttentionResult
 from headrace.ops.select import Kernel, Request, Traffic, choose
+from headrace.ops.tracked import needs_torch
 
 Part = AttentionResult | tuple[Any, Any]
 DTYPES = ("float32", "float16", "bfloat16", "float64")
@@ -45,6 +46,24 @@ def merge_attention(
     that do not fit each other.
     """
     outs, lses = _split(parts)
+    if needs_torch(*outs, *lses, sinks):
+        from headrace.ops import torch_merge
+
+        return torch_merge.merge_attention(outs, lses, sinks, out=out, out_dtype=out_dtype, kernel=kernel)
+    return merge(outs, lses, sinks=sinks, out=out, out_dtype=out_dtype, kernel=kernel)
+
+
+def merge(
+    outs: Sequence[Any],
+    lses: Sequence[Any],
+    *,
+    sinks: Any = None,
+    out: AttentionResult | None = None,
+    out_dtype: str | None = None,
+    kernel: str | None = None,
+) -> AttentionResult:
+    """`merge_attention` of parts whose outs and lses are given apart."""
+    _check_parts(outs, lses)
     dtypes = [dtype_name(part) for part in outs]
     if out is not None and not isinstance(out, AttentionResult):
         raise ArgumentError(f"out: expected an AttentionResult, got {type(out).__name__}")
@@ -105,15 +124,19 @@ def _split(parts: Sequence[Part]) -> tuple[list[Any], list[Any]]:
             raise ArgumentError(
                 f"parts[{i}]: expected an AttentionResult or (out, lse), got {type(part).__name__}"
             ) from error
-        out_shape, lse_shape = shape_of(out, f"parts[{i}].out"), shape_of(lse, f"parts[{i}].lse")
-        if len(out_shape) < 3 or out_shape[:-1] != lse_shape:
-            text = f"{list(out_shape)} and {list(lse_shape)}"
-            raise ArgumentError(f"parts[{i}]: expected out [..., heads, value_dim] and lse [..., heads], got {text}")
         outs.append(out)
         lses.append(lse)
     if not outs:
         raise ArgumentError("parts: expected one at least, got none")
     return outs, lses
+
+
+def _check_parts(outs: Sequence[Any], lses: Sequence[Any]) -> None:
+    for i, (out, lse) in enumerate(zip(outs, lses, strict=True)):
+        out_shape, lse_shape = shape_of(out, f"parts[{i}].out"), shape_of(lse, f"parts[{i}].lse")
+        if len(out_shape) < 3 or out_shape[:-1] != lse_shape:
+            text = f"{list(out_shape)} and {list(lse_shape)}"
+            raise ArgumentError(f"parts[{i}]: expected out [..., heads, value_dim] and lse [..., heads], got {text}")
 
 
 @functools.cache

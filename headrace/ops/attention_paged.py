@@ -33,6 +33,7 @@ from headrace.ops.attention_options import AttentionResult, Window, checked_opti
 from headrace.ops.attention_request import Call, Extent, kernels, outputs, split_arguments
 from headrace.ops.cascade import launch_shared
 from headrace.ops.sparse import selected
+from headrace.ops.tracked import needs_torch
 
 __all__ = ["gather", "kernels", "paged_attention", "prepared", "reference"]
 
@@ -80,29 +81,35 @@ def paged_attention(
     Raises ArgumentError for shapes, lengths, starts and pages that do not fit (nothing outside the arrays is read),
     KernelError when no kernel, or not the one asked for, can run.
     """
-    call = prepared(
-        query,
-        key_pages,
-        value_pages,
-        page_table,
-        sequence_lens,
-        query_starts=query_starts,
-        causal=causal,
-        align=align,
-        window=window,
-        softcap=softcap,
-        scale=scale,
-        precision=precision,
-        deterministic=deterministic,
-        key_scales=key_scales,
-        value_scales=value_scales,
-        mask=mask,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        indices=indices,
-        page_indices=page_indices,
-    )
+    given = {
+        "query": query,
+        "key_pages": key_pages,
+        "value_pages": value_pages,
+        "page_table": page_table,
+        "sequence_lens": sequence_lens,
+        "query_starts": query_starts,
+        "causal": causal,
+        "align": align,
+        "window": window,
+        "softcap": softcap,
+        "scale": scale,
+        "precision": precision,
+        "deterministic": deterministic,
+        "key_scales": key_scales,
+        "value_scales": value_scales,
+        "mask": mask,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+        "indices": indices,
+        "page_indices": page_indices,
+    }
     cascade = cascade if indices is None and page_indices is None else False
+    if needs_torch(query, key_pages, value_pages, sinks, mask, alibi_slopes, key_scales, value_scales):
+        from headrace.ops import torch_paged
+
+        choice: dict[str, Any] = {"cascade": cascade, "out_dtype": out_dtype, "kernel": kernel, "require": require}
+        return torch_paged.paged_attention(given, out=out, **choice)
+    call = prepared(**given)
     return launch_shared(call, outputs(call, out, out_dtype), cascade=cascade, kernel=kernel, require=require)
 
 

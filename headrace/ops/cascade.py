@@ -30,7 +30,7 @@ import numpy as np
 from headrace.errors import ArgumentError
 from headrace.kernels.cpu.arrays import Buffer, Fixed, dtype_name, empty_like, is_torch
 from headrace.machine import Machine, this_machine
-from headrace.ops.attention_merge import merge_attention
+from headrace.ops.attention_merge import merge
 from headrace.ops.attention_options import AttentionResult
 from headrace.ops.attention_request import WIDTHS, Call, kernels, launch
 from headrace.ops.select import Request, Traffic
@@ -262,10 +262,11 @@ def run_cascade(
 
 
 def _merge(parts: list[AttentionResult], result: AttentionResult, rows: np.ndarray, sinks: Any) -> None:
+    outs, lses = [part.out for part in parts], [part.lse for part in parts]
     if _neighbours(rows):
-        merge_attention(parts, sinks=sinks, out=_rows(result, rows))
+        merge(outs, lses, sinks=sinks, out=_rows(result, rows))
         return
-    merged = merge_attention(parts, sinks=sinks, out_dtype=dtype_name(result.out))
+    merged = merge(outs, lses, sinks=sinks, out_dtype=dtype_name(result.out))
     result.out[_places(result.out, rows)] = merged.out
     result.lse[_places(result.lse, rows)] = merged.lse
 

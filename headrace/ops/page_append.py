@@ -36,6 +36,7 @@ from headrace.ops import norm
 from headrace.ops.kv_formats import FORMAT_OF_DTYPE, quantize
 from headrace.ops.rope import rotate_reference
 from headrace.ops.select import Kernel, Request, Traffic, choose
+from headrace.ops.tracked import mark_changed, needs_torch
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -74,7 +75,7 @@ def append_pages(
     arrays = {"key": key, "value": value, "key_pages": key_pages, "value_pages": value_pages, "slots": slots}
     arrays |= {"key_scales": key_scales, "value_scales": value_scales, "table": table, "key_norm": key_norm}
     arrays |= {"query": query, "query_norm": query_norm, "out": out}
-    return _append(arrays, interleaved, eps, kernel, spread=spread)
+    return _append(arrays, interleaved=interleaved, eps=eps, spread=spread, kernel=kernel)
 
 
 def append_latent_pages(
@@ -99,17 +100,27 @@ def append_latent_pages(
     arrays = {"key": rope_key, "latent": latent, "key_pages": latent_pages, "slots": slots, "table": table}
     for name, array in (("rope_key", rope_key), ("latent", latent), ("latent_pages", latent_pages)):
         shape_of(array, name)
-    return _append(arrays | {"key_scales": scales, "query": query_rope, "out": out}, interleaved, 0.0, kernel)
+    arrays |= {"key_scales": scales, "query": query_rope, "out": out}
+    return _append(arrays, interleaved=interleaved, eps=0.0, spread=False, kernel=kernel)
 
 
-def _append(
-    given: Mapping[str, Any], interleaved: bool, eps: float, kernel: str | None, *, spread: bool = False
-) -> Any:
+def _append(given: Mapping[str, Any], **options: Any) -> Any:
+    if given["query"] is None and not (given["out"] is None and given.get("query_norm") is None):
+        raise ArgumentError("out, query_norm: expected none without query", "pass query")
+    if needs_torch(given["key"], *given.values()):
+        from headrace.ops import torch_append
+
+        return torch_append.append(given, **options)
+    rotated = run(given, **options)
+    mark_changed(rotated, *(given.get(name) for name in ("key_pages", "value_pages", "key_scales", "value_scales")))
+    return rotated
+
+
+def run(given: Mapping[str, Any], *, interleaved: bool, eps: float, spread: bool, kernel: str | None = None) -> Any:
+    """The rotated queries, by the words of the native side: `key` is what is rotated, `latent` what lies before it."""
     arrays = {name: array for name, array in given.items() if array is not None}
     if "query" in arrays:
         arrays.setdefault("out", arrays["query"])
-    elif "out" in arrays or "query_norm" in arrays:
-        raise ArgumentError("out, query_norm: expected none without query", "pass query")
     for name in ("key", "key_pages", "slots"):
         shape_of(given[name], name)
     shapes = {name: shape_of(array, name) for name, array in arrays.items()}

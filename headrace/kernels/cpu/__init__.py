@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from types import TracebackType
 
 from headrace.errors import ArgumentError
@@ -47,5 +48,10 @@ class limit_isa:
 
 @functools.cache
 def default_pool() -> native.Pool:
-    """The pool of calls that bring none: one thread per usable core. Made on first use."""
+    """The pool of calls that bring none: one thread per usable core. Made on first use, and anew after a fork."""
     return make_pool()
+
+
+if hasattr(os, "register_at_fork"):
+    # A forked child has the pool's memory but none of its threads.
+    os.register_at_fork(after_in_child=default_pool.cache_clear)

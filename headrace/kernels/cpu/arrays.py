@@ -105,7 +105,8 @@ def as_tensor(array: Any, name: str) -> native.Tensor:
     try:
         return native.wrap(array, "uint8" if dtype == "bool" else dtype)
     except TypeError as error:
-        raise ArgumentError(f"{name}: expected an array on the CPU, got {type(array).__name__}") from error
+        got = f"{type(array).__name__} on {array.device}" if is_torch(array) else type(array).__name__
+        raise ArgumentError(f"{name}: expected an array on the CPU, got {got}") from error
 
 
 def _as_integers(array: Any, integers: str) -> Any:
@@ -129,7 +130,8 @@ def shape_of(array: Any, name: str) -> tuple[int, ...]:
     shape = getattr(array, "shape", None)
     if shape is None or not hasattr(array, "dtype"):
         raise ArgumentError(f"{name}: expected an array, got {type(array).__name__}", "NumPy, torch or JAX on the CPU")
-    return shape if type(shape) is tuple else tuple(int(n) for n in shape)
+    # torch.Size is a tuple too; its numbers may be symbols, which must stay what they are.
+    return shape if isinstance(shape, tuple) else tuple(int(n) for n in shape)
 
 
 def check_writable(array: Any, name: str) -> None:
