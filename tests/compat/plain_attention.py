@@ -29,22 +29,30 @@ def plain(
 ):
     """out [batch, queries, heads, value_dim], lse [batch, heads, queries]; a query that sees no key: 0 and -inf.
 
-    order: of the elements in which the products of q and k are summed.
+    order: a seed of the order in which elements, keys and queries are summed; None: as they lie.
     """
-    q, k = (q, k) if order is None else (q[..., order], k[..., order])
+    elements, rows, columns = (shuffled(count, order) for count in (q.shape[-1], q.shape[1], k.shape[1]))
+    q, k, v = q[:, rows][..., elements], k[:, columns][..., elements], v[:, columns]
     group, queries, keys = q.shape[2] // k.shape[2], q.shape[1], k.shape[1]
     q, k, v = q.to(dtype), k.to(dtype).repeat_interleave(group, 2), v.to(dtype).repeat_interleave(group, 2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap > 0:
         scores = softcap * torch.tanh(scores / softcap)
-    own = (torch.arange(queries) + keys - queries)[:, None]
-    ahead = torch.arange(keys) - own
+    own = (rows + keys - queries)[:, None]
+    ahead = columns - own
     if slopes is not None:
         scores = scores - slopes.to(dtype)[..., None, None] * ahead.abs().to(dtype)
     unseen = hidden(ahead, causal, window)
     if chunk:
         unseen = unseen | (ahead < -(own % chunk)) | (ahead >= chunk - own % chunk)
-    return mixture(scores.masked_fill(unseen, -torch.inf), v, sink)
+    out, lse = mixture(scores.masked_fill(unseen, -torch.inf), v, sink)
+    back = rows.argsort()
+    return out[:, back], lse[:, :, back]
+
+
+def shuffled(count, seed):
+    """0 .. count in an order of that seed, or as they are."""
+    return torch.arange(count) if seed is None else torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def hidden(ahead, causal, window):
@@ -67,8 +75,13 @@ def mixture(scores, v, sink=None):
     with_sink = total if sink is None else total + torch.exp(sink.to(scores.dtype)[:, None] - top)
     seeing = with_sink > 0
     divisor = torch.where(seeing, with_sink, torch.ones_like(total))
-    out = torch.einsum("bhqk,bkhd->bqhd", weights / divisor[..., None], v)
-    return out, torch.where(seeing, torch.log(divisor) + top, -torch.inf)
+    lse = torch.where(seeing, torch.log(divisor) + top, -torch.inf)
+    if scores.dtype == torch.float32:
+        # As a backward pass must, which keeps of a row's weights no more than their sum.
+        weights = torch.exp(scores - torch.where(seeing, lse, torch.zeros_like(lse))[..., None])
+    else:
+        weights = weights / divisor[..., None]
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v), lse
 
 
 def gradients(q, k, v, *, d_out, d_lse=None, dtype=torch.float64, **options):
@@ -81,15 +94,14 @@ def gradients(q, k, v, *, d_out, d_lse=None, dtype=torch.float64, **options):
     return torch.autograd.grad(total, inputs)
 
 
-def hold(got, compute, dtype, head_dim, *, logarithms=()):
+def hold(got, compute, dtype, *, logarithms=()):
     """Raises AssertionError where one of `got` is farther from compute(dtype=float64) than compute(dtype=dtype) allows.
 
     compute: of dtype and order, the arrays that `got` are. logarithms: which of them, by number, are of sums.
     """
     exact = compute(dtype=torch.float64)
     worst = [each.clone() for each in exact]
-    for seed in range(ORDERS):
-        order = torch.randperm(head_dim, generator=torch.Generator().manual_seed(seed))
+    for order in range(ORDERS):
         for i, other in enumerate(compute(dtype=dtype, order=order)):
             farther = (other.double() - exact[i]).abs() > (worst[i] - exact[i]).abs()
             worst[i] = torch.where(farther, other.double(), worst[i])

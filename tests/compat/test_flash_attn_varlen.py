@@ -30,7 +30,7 @@ def test_sequences_of_many_lengths(name, dtype):
     out, lse, probabilities = flash_attn.flash_attn_varlen_func(q, k, v, *lens, return_attn_probs=True, **theirs)
     assert lse.shape == (6, sum(QUERY_LENS)) and probabilities.shape == (0,)
     compute = each_by_formula(q, k, v, QUERY_LENS, KEY_LENS, **ours)
-    hold([out, lse], compute, dtype, 32, logarithms=[1])
+    hold([out, lse], compute, dtype, logarithms=[1])
 
 
 @pytest.mark.parametrize("slopes", [None, SLOPES_OF_EACH])
@@ -58,7 +58,7 @@ def test_tokens_that_are_not_used(causal):
     idle = torch.ones(len(q), dtype=torch.bool).index_fill(0, marks, False)
     assert (out[idle] == 0).all() and (lse[:, idle] == torch.inf).all()
     compute = each_by_formula(*kept, query_used, key_used, causal=causal)
-    hold([out[marks], lse[:, marks]], compute, torch.float32, 32, logarithms=[1])
+    hold([out[marks], lse[:, marks]], compute, torch.float32, logarithms=[1])
 
 
 @pytest.mark.parametrize("page_size", [1, 7, 16, 256])
@@ -70,7 +70,7 @@ def test_pages_of_any_size(page_size, keyword):
     options = {"causal": True, "window_size": (12, 0), "return_attn_probs": True}
     out, lse, _ = flash_attn.flash_attn_varlen_func(q, key_pages, value_pages, *lens, **{keyword: table}, **options)
     compute = each_by_formula(q, k, v, QUERY_LENS, KEY_LENS, causal=True, window=(12, 0))
-    hold([out, lse], compute, torch.bfloat16, 32, logarithms=[1])
+    hold([out, lse], compute, torch.bfloat16, logarithms=[1])
 
 
 def test_pages_with_lengths_of_their_own():

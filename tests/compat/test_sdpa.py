@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_attention import hold, random
+from plain_attention import hold, random, shuffled
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
@@ -17,8 +17,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def by_torch(query, key, value, *, dtype, order=None, **options):
-    """torch's plain composition in dtype, of products summed in that order."""
-    query, key = (query, key) if order is None else (query[..., order], key[..., order])
+    """torch's plain composition in dtype, products summed in an order of that seed."""
+    places = shuffled(query.shape[-1], order)
+    query, key = query[..., places], key[..., places]
     options.setdefault("scale", None)
     mask = options.get("attn_mask")
     if isinstance(mask, torch.Tensor) and mask.is_floating_point():
@@ -30,7 +31,7 @@ def by_torch(query, key, value, *, dtype, order=None, **options):
 def assert_as_torch(query, key, value, **options):
     got = scaled_dot_product_attention(query, key, value, **options)
     assert got.dtype == query.dtype
-    hold([got], functools.partial(by_torch, query, key, value, **options), query.dtype, query.shape[-1])
+    hold([got], functools.partial(by_torch, query, key, value, **options), query.dtype)
 
 
 def arrays(dtype=torch.float32, heads=6, kv_heads=6, queries=33, keys=33, dim=24, value_dim=24, batch=2):
@@ -179,7 +180,7 @@ def test_causal_biases(bias, queries, keys):
     got = scaled_dot_product_attention(*given, attn_mask=bias(queries, keys))
     lower = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries if bias is causal_lower_right else 0)
     assert torch.equal(got, scaled_dot_product_attention(*given, attn_mask=lower))
-    hold([got], functools.partial(by_torch, *given, attn_mask=lower), torch.float32, 24)
+    hold([got], functools.partial(by_torch, *given, attn_mask=lower), torch.float32)
 
 
 def test_a_mask_beside_is_causal_is_refused():
