@@ -180,6 +180,19 @@ def test_what_is_of_gpus_changes_nothing():
         assert torch.equal(wrapper.run(case.q, case.cache.arrays()), plain) and wrapper.use_tensor_cores
 
 
+@pytest.mark.parametrize("mode", ["NONE", "ROPE_LLAMA", "ALIBI"])
+def test_the_default_type_of_torch_changes_nothing(mode):
+    case = Decode(pos_encoding_mode=mode)
+    expected = case.run(return_lse=True, v_scale=2.0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        case.wrapper.plan(*case.pages, *case.sizes, pos_encoding_mode=mode)
+        found = case.run(return_lse=True, v_scale=2.0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(found, expected, strict=True))
+
+
 def test_tables_and_lengths_may_stand_for_the_list_of_pages():
     case = Decode()
     width = int(case.cache.indptr.diff().max())
