@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from paged_oracle import Request, hold, indptr, near, normal, signature
+from paged_oracle import ORDERS, Request, hold, indptr, near, normal, of_requests, signature
 
 from headrace.compat import flash_mla
 from headrace.compat.flash_mla import (
@@ -324,3 +324,27 @@ def test_dropout_is_refused():
     arrays, _ = varlen()
     with pytest.raises(NotImplementedError, match="dropout_p"):
         flash_attn_varlen_func(*arrays, dropout_p=0.1)
+
+
+def test_gradients_of_varlen():
+    arrays, _ = varlen()
+    wanted = [array.clone().requires_grad_() for array in arrays[:3]]
+    out, _ = flash_attn_varlen_func(*wanted, *arrays[3:], causal=True)
+    d_out = normal(*out.shape, seed=9)
+    got = torch.autograd.grad((out * d_out).sum(), wanted)
+    exact = plain_gradients(arrays, d_out, torch.float64)
+    worst = list(exact)
+    for seed in range(ORDERS):
+        order = torch.randperm(24, generator=torch.Generator().manual_seed(seed))
+        for i, other in enumerate(plain_gradients(arrays, d_out, torch.float32, order)):
+            farther = (other.double() - exact[i]).abs() > (worst[i] - exact[i]).abs()
+            worst[i] = torch.where(farther, other.double(), worst[i])
+    for each in zip(got, exact, worst, strict=True):
+        near(*each)
+
+
+def plain_gradients(arrays, d_out, dtype, order=None):
+    q, k, v = inputs = [array.to(dtype).requires_grad_() for array in arrays[:3]]
+    ends = list(zip(arrays[3].tolist(), arrays[4].tolist(), strict=True))
+    parts = [Request(q[a:c], k[b:d], v[b:d], {"causal": True}) for (a, b), (c, d) in pairwise(ends)]
+    return torch.autograd.grad((of_requests(parts, dtype, order)[0] * d_out.to(dtype)).sum(), inputs)
