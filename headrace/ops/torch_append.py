@@ -21,7 +21,7 @@ _GIVEN = ("key", "key_pages", "slots")  # the others may be None
 _TENSORS = (*_GIVEN, "value", "latent", "value_pages", "query", "table", "query_norm", "key_norm", *_CHANGED[3:])
 
 
-def append(given: Mapping[str, Any], **options: Any) -> Any:
+def append(given: Mapping[str, Any], *, kernel: str | None, **options: Any) -> Any:
     """The rotated queries; `given`: arrays that torch must see, options: those of `page_append.run`."""
     if torch.is_grad_enabled():
         _refuse_gradients(given)
@@ -32,7 +32,7 @@ def append(given: Mapping[str, Any], **options: Any) -> Any:
     else:  # not rounded before it is rotated
         place = query.to(torch.promote_types(query.dtype, out.dtype), copy=True)
     arrays = [tensor_of(name, place if name == "query" else given.get(name)) for name in _TENSORS]
-    torch.ops.headrace.append_pages.default(*arrays, **options)
+    torch.ops.headrace.append_pages.default(*arrays, **options, kernel_name=kernel)
     return place if place is query else out.copy_(place)
 
 
@@ -48,11 +48,11 @@ def _schema() -> str:
     for name, letter in zip(_TENSORS, "abcdefghijklmnop", strict=False):
         kind = f"Tensor({letter}!)" if name in _CHANGED else "Tensor"
         tensors.append(f"{kind}{'' if name in _GIVEN else '?'} {name}")
-    return f"({', '.join(tensors)}, *, bool interleaved, float eps, bool spread, str? kernel) -> ()"
+    return f"({', '.join(tensors)}, *, bool interleaved, float eps, bool spread, str? kernel_name) -> ()"
 
 
-def _run(*tensors: Any, **options: Any) -> None:
-    page_append.run(dict(zip(_TENSORS, tensors, strict=True)), **options)
+def _run(*tensors: Any, kernel_name: str | None, **options: Any) -> None:
+    page_append.run(dict(zip(_TENSORS, tensors, strict=True)), kernel=kernel_name, **options)
 
 
 def _fake(*tensors: Any, **options: Any) -> None:

@@ -30,16 +30,16 @@ def attention(
     given: Mapping[str, Any], *, out: Any, out_dtype: str | None, kernel: str | None, require: Sequence[str]
 ) -> AttentionResult:
     """`headrace.ops.attention` of tensors that torch must see; `given`: its arrays and other options."""
-    choice = {"out_dtype": out_dtype, "kernel": kernel, "require": torch_operands.joined_names(require)}
+    choice = {"out_dtype": out_dtype, "kernel_name": kernel, "require": torch_operands.joined_names(require)}
     return torch_operands.call(torch.ops.headrace.attention.default, ATTENTION, given, out=out, **choice)
 
 
 def _attend(
-    *tensors: Any, out_dtype: str | None, kernel: str | None, require: str, **options: Any
+    *tensors: Any, out_dtype: str | None, kernel_name: str | None, require: str, **options: Any
 ) -> tuple[Tensor, Tensor]:
     call = attention_dense.prepared(**ATTENTION.named(tensors), **torch_operands.unpacked(options))
     names = torch_operands.split_names(require)
-    result = attention_dense.run(call, None, out_dtype, kernel=kernel, require=names)
+    result = attention_dense.run(call, None, out_dtype, kernel=kernel_name, require=names)
     return result.out, result.lse
 
 

@@ -43,7 +43,7 @@ def mla_attention(
     """`headrace.ops.mla_attention` of tensors that torch must see; `given`: its arrays and other options."""
     refuse_listed(LATENT, given)
     given = {**given, "query": _joined(given["query"], query_rope)}
-    choice = {"out_dtype": out_dtype, "cascade": str(cascade), "kernel": kernel, "value_dim": value_dim}
+    choice = {"out_dtype": out_dtype, "cascade": str(cascade), "kernel_name": kernel, "value_dim": value_dim}
     choice["require"] = torch_operands.joined_names(require)
     return torch_operands.call(torch.ops.headrace.mla_attention.default, LATENT, given, out=out, **choice)
 

@@ -18,7 +18,7 @@ from headrace.ops import attention_merge, torch_operands
 from headrace.ops.attention_options import AttentionResult
 from headrace.ops.torch_autograd import new_operator
 
-SCHEMA = "(Tensor[] outs, Tensor[] lses, Tensor? sinks, *, str? out_dtype, str? kernel) -> (Tensor, Tensor)"
+SCHEMA = "(Tensor[] outs, Tensor[] lses, Tensor? sinks, *, str? out_dtype, str? kernel_name) -> (Tensor, Tensor)"
 
 
 def merge_attention(
@@ -38,7 +38,7 @@ def merge_attention(
             tensors[len(outs) :],
             torch_operands.tensor_of("sinks", sinks),
             out_dtype=out_dtype,
-            kernel=kernel,
+            kernel_name=kernel,
         )
     )
     if out is None:
@@ -49,14 +49,24 @@ def merge_attention(
 
 
 def _merge(
-    outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None, *, out_dtype: str | None, kernel: str | None
+    outs: Sequence[Tensor],
+    lses: Sequence[Tensor],
+    sinks: Tensor | None,
+    *,
+    out_dtype: str | None,
+    kernel_name: str | None,
 ) -> tuple[Tensor, Tensor]:
-    merged = attention_merge.merge(outs, lses, sinks=sinks, out_dtype=out_dtype, kernel=kernel)
+    merged = attention_merge.merge(outs, lses, sinks=sinks, out_dtype=out_dtype, kernel=kernel_name)
     return merged.out, merged.lse
 
 
 def _fake(
-    outs: Sequence[Tensor], lses: Sequence[Tensor], sinks: Tensor | None, *, out_dtype: str | None, kernel: str | None
+    outs: Sequence[Tensor],
+    lses: Sequence[Tensor],
+    sinks: Tensor | None,
+    *,
+    out_dtype: str | None,
+    kernel_name: str | None,
 ) -> tuple[Tensor, Tensor]:
     for out, lse in zip(outs, lses, strict=True):
         torch._check(out.shape == outs[0].shape, lambda: "parts: expected outs of one shape")

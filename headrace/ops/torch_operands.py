@@ -24,8 +24,10 @@ OPTIONS = (
     "bool causal, str align, SymInt? window_left, SymInt? window_right, float? softcap, float? scale, "
     "str precision, bool deterministic"
 )
-CHOICE = "str? out_dtype, str? kernel, str require"  # what a backward pass does not need
-CHOICE_NAMES = ("out_dtype", "kernel", "require", "cascade")
+# What a backward pass does not need. NOTE: torch's compiler hands an operator's options to functions of its own, one of
+# which has an argument `kernel`: an option of that name would not compile.
+CHOICE = "str? out_dtype, str? kernel_name, str require"
+CHOICE_NAMES = ("out_dtype", "kernel_name", "require", "cascade")
 _PLAIN_OPTIONS = ("causal", "align", "softcap", "scale", "precision", "deterministic")
 _WITHOUT_GRADIENT = ("mask", "alibi_slopes", "key_scales", "value_scales", "latent_scales")
 

@@ -44,7 +44,7 @@ def paged_attention(
 ) -> AttentionResult:
     """`headrace.ops.paged_attention` of tensors that torch must see; `given`: its arrays and other options."""
     refuse_listed(PAGED, given)
-    choice = {"out_dtype": out_dtype, "cascade": str(cascade), "kernel": kernel}
+    choice = {"out_dtype": out_dtype, "cascade": str(cascade), "kernel_name": kernel}
     choice["require"] = torch_operands.joined_names(require)
     return torch_operands.call(torch.ops.headrace.paged_attention.default, PAGED, given, out=out, **choice)
 
@@ -66,7 +66,7 @@ def launched(call: Call, options: Mapping[str, Any], out_dtype: str | None) -> t
     cascade = _CASCADES.get(options["cascade"], options["cascade"])
     names = torch_operands.split_names(options["require"])
     place = outputs(call, None, out_dtype)
-    result = launch_shared(call, place, cascade=cascade, kernel=options["kernel"], require=names)
+    result = launch_shared(call, place, cascade=cascade, kernel=options["kernel_name"], require=names)
     return result.out, result.lse
 
 

@@ -93,6 +93,6 @@ def test_what_is_written_counts_as_changed(autocast):
 @pytest.mark.parametrize("without", [(), ("query", "table"), ("value", "value_pages")])
 def test_the_operator_passes_torchs_checks(without):
     arrays = {name: array for name, array in arrays_of().items() if name not in without}
-    options = {"interleaved": True, "eps": 1e-6, "spread": False, "kernel": None}
+    options = {"interleaved": True, "eps": 1e-6, "spread": False, "kernel_name": None}
     assert set(_CHANGED) <= set(_TENSORS)
     torch.library.opcheck(torch.ops.headrace.append_pages.default, [arrays.get(name) for name in _TENSORS], options)

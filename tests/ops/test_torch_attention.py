@@ -43,7 +43,7 @@ OPTIONS = {
     "precision": "auto",
     "deterministic": False,
 }
-CHOICE = {"out_dtype": None, "kernel": None, "require": ""}
+CHOICE = {"out_dtype": None, "kernel_name": None, "require": ""}
 
 
 def randn(*shape, dtype=torch.float32, seed=0, grad=True):

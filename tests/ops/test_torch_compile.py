@@ -81,6 +81,18 @@ def test_one_graph_computes_what_eager_does(name, dynamic):
     assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
 
 
+@pytest.mark.slow
+def test_torchs_own_compiler_takes_every_operator():
+    def everything(*arrays):
+        results = [function(*arrays) for function in FUNCTIONS.values()]
+        return tuple(each for result in results for each in (result if isinstance(result, tuple) else (result,)))
+
+    expected, found = (
+        ran(function, heads_of()) for function in (everything, torch.compile(everything, fullgraph=True))
+    )
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
 def test_without_gradients_too():
     compiled = torch.compile(causal, backend="aot_eager", fullgraph=True)
     arrays = heads_of(grad=False)

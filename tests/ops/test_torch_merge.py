@@ -70,7 +70,7 @@ def test_out_is_refused_where_gradients_are_wanted():
 def test_the_operator_passes_torchs_checks(dtype, sinks):
     outs, lses = zip(*parts_of(3, dtype), strict=True)
     given = [list(outs), list(lses), torch.zeros(4, requires_grad=True) if sinks else None]
-    torch.library.opcheck(torch.ops.headrace.merge_attention.default, given, {"out_dtype": None, "kernel": None})
+    torch.library.opcheck(torch.ops.headrace.merge_attention.default, given, {"out_dtype": None, "kernel_name": None})
 
 
 def test_merged_gradients_are_those_of_attention_over_all_keys():

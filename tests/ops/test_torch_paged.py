@@ -26,7 +26,7 @@ OPTIONS = {
     "precision": "auto",
     "deterministic": False,
 }
-CHOICE = {"out_dtype": None, "kernel": None, "require": "", "cascade": "auto"}
+CHOICE = {"out_dtype": None, "kernel_name": None, "require": "", "cascade": "auto"}
 EXACT = {case.name: case for case in CASES if not case.kv_format}
 SOME = [
     "one",
