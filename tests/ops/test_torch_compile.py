@@ -87,10 +87,10 @@ def test_torchs_own_compiler_takes_every_operator():
         results = [function(*arrays) for function in FUNCTIONS.values()]
         return tuple(each for result in results for each in (result if isinstance(result, tuple) else (result,)))
 
-    expected, found = (
-        ran(function, heads_of()) for function in (everything, torch.compile(everything, fullgraph=True))
-    )
-    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+    compiled = torch.compile(everything, fullgraph=True)
+    torch.testing.assert_close(
+        ran(compiled, heads_of()), ran(everything, heads_of())
+    )  # sums are in an order of its own
 
 
 def test_without_gradients_too():
