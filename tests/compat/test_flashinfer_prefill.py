@@ -134,6 +134,8 @@ def test_custom_masks_take_the_place_of_causal(kind, form):
 def test_masks_too_short_are_refused(kind):
     with pytest.raises(ValueError, match="custom_mask"):
         kind(custom_mask=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(TypeError, match="custom_mask by its name"):
+        kind(head_dim_vo=torch.ones(9, dtype=torch.bool))
     with pytest.raises(ValueError, match="packed_custom_mask"):
         kind(packed_custom_mask=torch.ones(3, dtype=torch.uint8))
 

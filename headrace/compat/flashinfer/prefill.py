@@ -18,7 +18,15 @@ from headrace.compat.flashinfer.single import (
     single_prefill_with_kv_cache,
     single_prefill_with_kv_cache_return_lse,
 )
-from headrace.compat.flashinfer.workspace import Workspace, buffers_of, fill, float8_scales, planned, refuse
+from headrace.compat.flashinfer.workspace import (
+    Workspace,
+    buffers_of,
+    check_value_dim,
+    fill,
+    float8_scales,
+    planned,
+    refuse,
+)
 
 __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
@@ -110,6 +118,7 @@ class BatchPrefillWithPagedKVCacheWrapper(Workspace):
         paged_kv_indptr[r + 1]], all full but the last. custom_mask: of every request its [queries, keys], one after the
         other, flat; it takes causal's place. Types are taken from the arrays of run; o_data_type is the result's.
         """
+        check_value_dim(head_dim_vo)
         refuse(
             prefix_len_ptr=prefix_len_ptr,
             token_pos_in_items_ptr=token_pos_in_items_ptr,

@@ -13,7 +13,15 @@ from headrace.compat.flashinfer.attend import Place, Scales, Variant, attend
 from headrace.compat.flashinfer.batch import Batch, ragged_batch
 from headrace.compat.flashinfer.layout import dtype_of, token_major
 from headrace.compat.flashinfer.single import both
-from headrace.compat.flashinfer.workspace import Workspace, buffers_of, fill, float8_scales, planned, refuse
+from headrace.compat.flashinfer.workspace import (
+    Workspace,
+    buffers_of,
+    check_value_dim,
+    fill,
+    float8_scales,
+    planned,
+    refuse,
+)
 
 Dtype = str | torch.dtype | None
 
@@ -87,6 +95,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Workspace):
         custom_mask: of every request its [queries, keys], one after the other, flat; it takes causal's place. Types are
         taken from the arrays of run; o_data_type is the result's.
         """
+        check_value_dim(head_dim_vo)
         refuse(
             prefix_len_ptr=prefix_len_ptr,
             token_pos_in_items_ptr=token_pos_in_items_ptr,

@@ -69,6 +69,12 @@ ALTERNATIVES = {
 }
 
 
+def check_value_dim(head_dim_vo: int | None) -> None:
+    """TypeError for a mask where older versions had theirs in this place."""
+    if isinstance(head_dim_vo, Tensor):
+        raise TypeError("head_dim_vo: expected a whole number, got a tensor; pass custom_mask by its name")
+
+
 def buffers_of(use_cuda_graph: bool, **buffers: Tensor | None) -> dict[str, Tensor | None]:
     """The buffers of CUDA-graph mode. ValueError, as the library has it, where one is missing."""
     for name, buffer in buffers.items():
