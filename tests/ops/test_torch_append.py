@@ -46,16 +46,25 @@ def test_compiled_it_writes_what_it_writes_alone(name, make):
     assert plain["key_pages" if "key_pages" in plain else "latent_pages"].any()
 
 
-def test_what_was_appended_is_attended_to_in_one_graph():
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_was_appended_is_attended_to_in_one_graph(backend):
     def step(arrays):
         rotated = ops.append_pages(**arrays)
         lens, starts = torch.tensor([6], dtype=torch.int32), torch.tensor([0, 3], dtype=torch.int32)
         table = torch.tensor([[0, 1, 2]], dtype=torch.int32)
         pages = arrays["key_pages"], arrays["value_pages"]
-        return ops.paged_attention(rotated, *pages, table, lens, query_starts=starts).out
+        paged = ops.paged_attention(rotated, *pages, table, lens, query_starts=starts)
+        latents = arrays["key_pages"].flatten(2)
+        given = {"query_starts": starts, "value_dim": 8, "scale": 0.25}
+        latent = ops.mla_attention(rotated.repeat(1, 1, 2), latents, table, lens, **given)
+        return ops.merge_attention([paged, latent]).out
 
     plain, compiled = copy_of(arrays_of()), copy_of(arrays_of())
-    assert torch.equal(torch.compile(step, backend="aot_eager", fullgraph=True)(compiled), step(plain))
+    torch.testing.assert_close(torch.compile(step, backend=backend, fullgraph=True)(compiled), step(plain))
+    assert torch.equal(plain["key_pages"], compiled["key_pages"])
 
 
 @pytest.mark.parametrize("dtype,out_dtype", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
