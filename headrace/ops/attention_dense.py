@@ -68,7 +68,7 @@ def attention(
     [heads or 1, tokens or 1, columns], leading dimensions of 1 left out if you like. Its last column is each request's
     last key. sinks: float32 [heads]; alibi_slopes: [heads] or [requests, heads].
     out: in out_dtype, by default the query's type; written in place when given.
-    Other options: attention_options.py; kernel and require: select.py.
+    Other options: attention_options.py; kernel and require: select.py. Gradients of torch tensors: docs/torch.md.
     Raises ArgumentError for whatever does not fit, KernelError when no kernel, or not the one asked for, can run.
     """
     given = {
