@@ -108,8 +108,8 @@ class NewTokens:
             raise ValueError(f"k, v: expected both or neither, got {'v' if k is None else 'k'} alone")
         if cache_seqlens is None:
             raise ValueError("cache_seqlens: expected the length of each sequence beside k and v, got None")
-        (keys, starts), (values, _) = rows_of(k.detach(), cu_seqlens), rows_of(v.detach(), cu_seqlens)
-        return NewTokens(keys, values, starts)
+        keys, starts = rows_of(k.detach(), cu_seqlens)
+        return NewTokens(keys, v.detach().reshape(*keys.shape[:-1], v.shape[-1]), starts)
 
 
 @dataclass(frozen=True)
