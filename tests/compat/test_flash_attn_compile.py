@@ -1,4 +1,4 @@
-"""scaled_dot_product_attention and FlashAttention's functions in torch.compile(fullgraph=True), forward and backward."""
+"""sdpa and FlashAttention by headrace in torch.compile(fullgraph=True), forward and backward."""
 
 import pytest
 import torch
