@@ -73,7 +73,7 @@ def ran(function, arrays):
     return [*results, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_one_graph_computes_what_eager_does(name, dynamic):
     compiled = torch.compile(FUNCTIONS[name], backend="aot_eager", fullgraph=True, dynamic=dynamic)

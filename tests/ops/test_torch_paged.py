@@ -33,7 +33,6 @@ SOME = [
     "decode_block_edges",
     "decode_no_sharing",
     "append",
-    "mixture",
     "fewer_keys_than_queries",
     "both_sides",
     "tree_of_drafts",
