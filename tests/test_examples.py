@@ -28,11 +28,16 @@ SAYS_OF_A_SERVER = {
     "serve_openai.py": "call: weather",
 }
 WITHOUT_A_MODEL = {"attention_explained.py", "packed_decode.py"}
-MAX_LINES = 30
+WITH_TORCH = {"torch_decoder.py", "train_packed.py"}
+IMPORTED = {"small_llama.py"}
+MAX_LINES, MAX_LINES_WITH_TORCH = 30, 160
 
 
 def test_every_example_is_run():
-    assert sorted(path.name for path in FOLDER.iterdir() if path.is_file()) == sorted(SAYS | SAYS_OF_A_SERVER)
+    known = {*SAYS, *SAYS_OF_A_SERVER, *WITH_TORCH, *IMPORTED}
+    assert {path.name for path in FOLDER.iterdir() if path.is_file()} == known
+    importing = [(FOLDER / name).read_text(encoding="utf-8") for name in WITH_TORCH]
+    assert all(f"from {Path(name).stem} import" in text for name in IMPORTED for text in importing)
 
 
 @pytest.mark.parametrize("name", SAYS)
@@ -47,6 +52,33 @@ def test_an_example_runs(request, name):
     assert SAYS[name] in ended.stdout
     assert "Traceback" not in ended.stderr
     assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES
+
+
+def printed_by(name: str, *arguments: str) -> str:
+    path = FOLDER / name
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # of torch: arrays as small as these are soon waited for
+    ended = subprocess.run([sys.executable, path, *arguments], capture_output=True, text=True, timeout=300, env=alone)
+    assert ended.returncode == 0, ended.stderr
+    assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES_WITH_TORCH
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_all_compiled_decoders_draw_the_same_tokens():
+    printed = printed_by("torch_decoder.py", "--quick")
+    for name in ("headrace", "SDPA", "FlexAttention"):
+        drawn = re.search(rf"^{name}: (\d+) of (\d+) tokens", printed, re.MULTILINE)
+        assert drawn and drawn[1] == drawn[2] != "0", printed
+        assert re.search(rf"^{name} +\d+\.\d+ +\d+\.\d+$", printed, re.MULTILINE), printed
+
+
+@pytest.mark.slow
+def test_training_on_packed_documents_learns_as_with_sdpa():
+    printed = printed_by("train_packed.py", "--tokens", "512")
+    assert "loss and gradients, furthest from float64's" in printed
+    learned = re.findall(r"^(\w+) .* loss from ([\d.]+) to ([\d.]+)$", printed, re.MULTILINE)
+    assert [name for name, *_ in learned] == ["headrace", "SDPA"], printed
+    assert all(float(last) < 0.8 * float(first) for _, first, last in learned), printed
 
 
 @pytest.fixture(scope="module")
