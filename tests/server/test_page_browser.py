@@ -367,9 +367,11 @@ def test_a_real_model_answers(open_page: Any, process: Any) -> None:
     began = time.monotonic()
     ask(page, "A mill <b>needs</b> water.")
     assert time.monotonic() - began < 30
-    assert "tokens/s" in page.text(".assistant .foot") and "48 tokens" in page.text(".assistant .foot")
+    foot = page.text(".assistant .foot")
     words = page.evaluate(
         "JSON.parse(localStorage[Object.keys(localStorage).find(k => k.includes('conversation.'))]).messages"
     )
-    assert [each["role"] for each in words] == ["user", "assistant"] and words[1]["usage"]["completion_tokens"] == 48
+    assert [each["role"] for each in words] == ["user", "assistant"]
+    count = words[1]["usage"]["completion_tokens"]  # drawn at random, an answer may end before
+    assert 0 < count <= 48 and f"{count} tokens" in foot and "tokens/s" in foot
     assert page.complaints == []
