@@ -17,8 +17,10 @@ namespace headrace {
 namespace {
 
 // Between two steps the caller is in Python for some 0.1 ms: long enough to lose by sleeping, too short to gain by it.
-constexpr double kSpinSeconds = 2e-3;
+// Behind a single call there may be another library's threads, which want the cores at once.
+constexpr double kSpinSeconds = 2e-3, kSpinSecondsAfterCall = 50e-6;
 constexpr int kSpinsBeforeYield = 1 << 14;
+constexpr int kSpinsBeforeLook = 512;
 constexpr int kSpinsBeforePause = 1 << 13;
 // Asked for ahead: more than memory's latency, little beside a second-level cache. Few lines between looks at the barrier.
 constexpr int64_t kAheadBytes = 16 << 10;
@@ -133,6 +135,7 @@ void Pool::run(const std::vector<std::unique_ptr<Op>>& ops, const Sizes& sizes, 
   if (getpid() != owner_process_) throw ForkedPool();
   std::lock_guard<std::mutex> one_run(running_);
   job_ = Job{&ops, sizes, seconds};
+  alone_.store(ops.size() == 1, std::memory_order_relaxed);
   failure_ = nullptr;
   failing_.store(false, std::memory_order_relaxed);
   // NOTE: never back to an earlier value: a worker may not have seen yet that the last run's barrier opened.
@@ -179,10 +182,12 @@ void Pool::wake_all() {
 }
 
 bool Pool::wait_for_job(uint64_t seen) {
-  double deadline = now() + kSpinSeconds;
+  double deadline = now() + (alone_.load(std::memory_order_relaxed) ? kSpinSecondsAfterCall : kSpinSeconds);
   for (int spins = 1; job_number_.load(std::memory_order_acquire) == seen; ++spins) {
     pause_cpu();
-    if (spins % 1024 || now() < deadline) continue;
+    if (spins % kSpinsBeforeLook) continue;
+    sched_yield();  // whoever else has work on this core goes first
+    if (now() < deadline) continue;
     std::unique_lock<std::mutex> lock(sleep_mutex_);
     ++sleepers_;
     sleep_->wait(lock, [&] { return job_number_.load(std::memory_order_relaxed) != seen; });

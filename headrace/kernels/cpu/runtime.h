@@ -145,6 +145,7 @@ class Pool : public Runner {
   const int owner_process_;
   std::mutex running_;  // one run at a time
   Job job_;
+  std::atomic<bool> alone_{false};  // the last job was a single call, not a program
   std::vector<std::thread> threads_;
   std::vector<std::unique_ptr<Worker>> workers_;
   std::unique_ptr<Taken[]> taken_;  // of each thread
