@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.compat.flashinfer.attend import LOG2_E, Place, Scale, Scales, Variant, attend, copied
-from headrace.compat.flashinfer.batch import Batch, paged_batch
+from headrace.compat.flashinfer.batch import paged_batch
 from headrace.compat.flashinfer.layout import Cache, checked_layout, key_value_pages
+from headrace.compat.flashinfer.plan import Plan
 from headrace.compat.flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from headrace.compat.flashinfer.workspace import planned, refuse
-
-
-@dataclass(frozen=True)
-class _Plan:
-    batch: Batch
-    variant: Variant
 
 
 class BatchAttention:
@@ -27,7 +21,7 @@ class BatchAttention:
 
     def __init__(self, kv_layout: str = "NHD", device: str = "cuda") -> None:
         self._kv_layout = checked_layout(kv_layout)
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
     def plan(
         self,
@@ -50,7 +44,7 @@ class BatchAttention:
         """What the next runs have in common: tokens, pages and lengths of each request, options."""
         refuse(profiler_buffer=use_profiler or None)
         variant = Variant(causal=causal, sm_scale=sm_scale, logits_soft_cap=logits_soft_cap)
-        self._plan = _Plan(paged_batch(qo_indptr, kv_indptr, kv_indices, kv_len_arr, page_size), variant)
+        self._plan = Plan(paged_batch(qo_indptr, kv_indptr, kv_indices, kv_len_arr, page_size), variant)
 
     def run(
         self,
@@ -66,13 +60,13 @@ class BatchAttention:
     ) -> tuple[Tensor, Tensor]:
         """out [tokens, heads, value_dim] and the base-2 log-sum-exp [tokens, heads]."""
         refuse(profiler_buffer=profiler_buffer, kv_cache_sf=kv_cache_sf)
-        plan: _Plan = planned(self._plan)
+        plan: Plan = planned(self._plan)
         if logits_soft_cap > 0 and plan.variant.softcap is None:
             raise ValueError("logits_soft_cap: expected it in plan() too, got it in run() alone")
-        variant = replace(plan.variant, logits_soft_cap=logits_soft_cap) if logits_soft_cap > 0 else plan.variant
+        plan = plan.with_options(logits_soft_cap=logits_soft_cap) if logits_soft_cap > 0 else plan
         scales, place = Scales(key=k_scale, value=v_scale), Place(out, lse)
         pages = key_value_pages(kv_cache, self._kv_layout)
-        return attend(q, pages, plan.batch, variant, scales=scales, place=place)
+        return attend(q, pages, plan.batch, plan.variant, scales=scales, place=place)
 
 
 class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper):
@@ -112,7 +106,7 @@ class BatchAttentionWithAttentionSinkWrapper(BatchPrefillWithPagedKVCacheWrapper
         """sink [heads]: natural logits that take weight and give no value; sm_scale: in place of the plan's."""
         plan = planned(self._plan)
         if sm_scale is not None:
-            self._plan = replace(plan, variant=replace(plan.variant, sm_scale=float(sm_scale)))
+            self._plan = plan.with_options(sm_scale=float(sm_scale))
         return_lse, lse = options.pop("return_lse", False), options.pop("lse", None)
         out, sums = super().run(q, paged_kv_cache, sinks=sink, return_lse=True, **options)
         if sink is not None:

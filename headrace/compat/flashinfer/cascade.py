@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from headrace.compat.flashinfer.attend import LOG2_E
-from headrace.compat.flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper, Dtype
-from headrace.compat.flashinfer.layout import Cache, packed
+from headrace.compat.flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
+from headrace.compat.flashinfer.layout import Cache, Dtype, packed
 from headrace.compat.flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from headrace.compat.flashinfer.single import single_prefill_with_kv_cache
 from headrace.compat.flashinfer.workspace import planned

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +10,10 @@ from torch import Tensor
 
 from headrace.compat.flashinfer.attend import Place, Scales, Variant, attend
 from headrace.compat.flashinfer.batch import Batch, int32, listed_pages, paged_lens
-from headrace.compat.flashinfer.layout import Cache, dtype_of, key_value_pages
+from headrace.compat.flashinfer.layout import Cache, Dtype, dtype_of, key_value_pages
+from headrace.compat.flashinfer.plan import Plan
 from headrace.compat.flashinfer.single import single_decode_with_kv_cache
-from headrace.compat.flashinfer.workspace import Workspace, buffers_of, fill, planned, refuse
+from headrace.compat.flashinfer.workspace import Workspace, buffers_of, planned, refuse
 
 __all__ = [
     "BatchDecodeWithPagedKVCacheWrapper",
@@ -21,15 +21,6 @@ __all__ = [
     "fast_decode_plan",
     "single_decode_with_kv_cache",
 ]
-
-Dtype = str | torch.dtype | None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    batch: Batch
-    variant: Variant
-    out_dtype: torch.dtype | None
 
 
 class BatchDecodeWithPagedKVCacheWrapper(Workspace):
@@ -56,7 +47,7 @@ class BatchDecodeWithPagedKVCacheWrapper(Workspace):
             paged_kv_last_page_len_buffer=paged_kv_last_page_len_buffer,
         )
         self._use_tensor_cores = use_tensor_cores
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
     @property
     def use_tensor_cores(self) -> bool:
@@ -113,15 +104,9 @@ class BatchDecodeWithPagedKVCacheWrapper(Workspace):
             rope_theta=rope_theta,
             deterministic=disable_split_kv or fixed_split_size is not None,
         )
-        self._plan = _Plan(Batch(starts, lens, page_table=table), variant, dtype_of(o_data_type))
+        self._plan = Plan(Batch(starts, lens, page_table=table), variant, dtype_of(o_data_type))
 
     begin_forward = plan
-
-    def _fill(self, indptr: Tensor, indices: Tensor, last_page_len: Tensor) -> None:
-        if self.is_cuda_graph_enabled:
-            values = (indptr, indices, last_page_len)
-            for (name, buffer), given in zip(self._buffers.items(), values, strict=True):
-                fill(buffer, given, name.removesuffix("_buffer"))
 
     def run(
         self,
@@ -148,13 +133,13 @@ class BatchDecodeWithPagedKVCacheWrapper(Workspace):
         """
         refuse(kv_cache_sf=kv_cache_sf, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor)
         refuse(args=args or None)
-        plan: _Plan = planned(self._plan)
-        variant = plan.variant if window_left is None else replace(plan.variant, window_left=window_left)
+        plan: Plan = planned(self._plan)
+        plan = plan if window_left is None else plan.with_options(window_left=window_left)
         results = attend(
             q,
             key_value_pages(paged_kv_cache, self._kv_layout),
             plan.batch,
-            variant,
+            plan.variant,
             scales=Scales(q_scale, k_scale, v_scale),
             sinks=sinks,
             place=Place(out, lse, plan.out_dtype),
@@ -180,9 +165,8 @@ class BatchDecodeWithPagedKVCacheWrapper(Workspace):
         return_lse: bool = False,
     ) -> Any:
         """run with options given here, which replace those of the plan."""
-        plan: _Plan = planned(self._plan, "forward")
-        variant = replace(
-            plan.variant,
+        plan: Plan = planned(self._plan, "forward")
+        self._plan = plan.with_options(
             pos_encoding_mode=pos_encoding_mode,
             window_left=window_left,
             logits_soft_cap=logits_soft_cap,
@@ -190,7 +174,6 @@ class BatchDecodeWithPagedKVCacheWrapper(Workspace):
             rope_scale=rope_scale,
             rope_theta=rope_theta,
         )
-        self._plan = replace(plan, variant=variant)
         return self.run(q, paged_kv_cache, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)

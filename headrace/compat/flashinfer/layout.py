@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Cache = Tensor | Sequence[Tensor]
+Dtype = str | torch.dtype | None
 
 
 def checked_layout(kv_layout: str) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headrace.compat.flashinfer.attend import LOG2_E, Scale, copied
 from headrace.compat.flashinfer.batch import Batch, paged_batch
-from headrace.compat.flashinfer.workspace import Workspace, buffers_of, fill, planned, refuse
+from headrace.compat.flashinfer.workspace import Workspace, buffers_of, planned, refuse
 from headrace.ops import mla_attention
 
 # Of the heads that backend="cutlass" is made for, before they were absorbed.
@@ -70,10 +70,7 @@ class BatchMLAPagedAttentionWrapper(Workspace):
         bottom right. Types and sizes are taken from the arrays of run.
         """
         refuse(profiler_buffer=use_profiler or None)
-        if self.is_cuda_graph_enabled:
-            values = (qo_indptr, kv_indptr, kv_indices, kv_len_arr)
-            for (name, buffer), given in zip(self._buffers.items(), values, strict=True):
-                fill(buffer, given, name)
+        self._fill(qo_indptr, kv_indptr, kv_indices, kv_len_arr)
         self._plan = _Plan(paged_batch(qo_indptr, kv_indptr, kv_indices, kv_len_arr, page_size), causal, sm_scale)
 
     def run(

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from headrace.compat.flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper, Dtype
-from headrace.compat.flashinfer.layout import Cache
+from headrace.compat.flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
+from headrace.compat.flashinfer.layout import Cache, Dtype
 from headrace.compat.flashinfer.single import single_prefill_with_kv_cache
 from headrace.compat.flashinfer.workspace import refuse
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from headrace.compat.flashinfer.attend import Place, Scale, Scales, Variant, attend
 from headrace.compat.flashinfer.batch import Batch, int32, listed_pages, paged_lens
-from headrace.compat.flashinfer.layout import Cache, dtype_of, key_value_pages
+from headrace.compat.flashinfer.layout import Cache, Dtype, dtype_of, key_value_pages
+from headrace.compat.flashinfer.plan import Plan
 from headrace.compat.flashinfer.ragged import BatchPrefillWithRaggedKVCacheWrapper
 from headrace.compat.flashinfer.single import (
     both,
@@ -22,7 +21,6 @@ from headrace.compat.flashinfer.workspace import (
     Workspace,
     buffers_of,
     check_value_dim,
-    fill,
     float8_scales,
     planned,
     refuse,
@@ -34,16 +32,6 @@ __all__ = [
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
 ]
-
-Dtype = str | torch.dtype | None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    batch: Batch
-    variant: Variant
-    out_dtype: torch.dtype | None
-    has_custom_mask: bool
 
 
 class BatchPrefillWithPagedKVCacheWrapper(Workspace):
@@ -73,7 +61,7 @@ class BatchPrefillWithPagedKVCacheWrapper(Workspace):
             paged_kv_indices_buf=paged_kv_indices_buf,
             paged_kv_last_page_len_buf=paged_kv_last_page_len_buf,
         )
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
     def plan(
         self,
@@ -142,14 +130,9 @@ class BatchPrefillWithPagedKVCacheWrapper(Workspace):
             rope_theta=rope_theta,
             deterministic=disable_split_kv or fixed_split_size is not None,
         )
-        self._plan = _Plan(batch, variant, dtype_of(o_data_type), masked)
+        self._plan = Plan(batch, variant, dtype_of(o_data_type), masked)
 
     begin_forward = plan
-
-    def _fill(self, *values: Tensor) -> None:
-        if self.is_cuda_graph_enabled:
-            for (name, buffer), given in zip(self._buffers.items(), values, strict=True):
-                fill(buffer, given, name.removesuffix("_buf"))
 
     def run(
         self,
@@ -178,13 +161,13 @@ class BatchPrefillWithPagedKVCacheWrapper(Workspace):
         """
         refuse(kv_cache_sf=kv_cache_sf, skip_softmax_threshold_scale_factor=skip_softmax_threshold_scale_factor)
         per_head = float8_scales(q, args)
-        plan: _Plan = planned(self._plan)
-        variant = plan.variant if window_left is None else replace(plan.variant, window_left=window_left)
+        plan: Plan = planned(self._plan)
+        plan = plan if window_left is None else plan.with_options(window_left=window_left)
         results = attend(
             q,
             key_value_pages(paged_kv_cache, self._kv_layout),
             plan.batch,
-            variant,
+            plan.variant,
             scales=Scales(
                 *(both(own, scale) for own, scale in zip(per_head, (q_scale, k_scale, v_scale), strict=True))
             ),
@@ -213,10 +196,9 @@ class BatchPrefillWithPagedKVCacheWrapper(Workspace):
         return_lse: bool = False,
     ) -> Any:
         """run with options given here, which replace those of the plan."""
-        plan: _Plan = planned(self._plan, "forward")
-        variant = replace(
-            plan.variant,
-            causal=causal and not plan.has_custom_mask,
+        plan: Plan = planned(self._plan, "forward")
+        self._plan = plan.with_options(
+            causal=causal,
             pos_encoding_mode=pos_encoding_mode,
             window_left=window_left,
             logits_soft_cap=logits_soft_cap,
@@ -224,7 +206,6 @@ class BatchPrefillWithPagedKVCacheWrapper(Workspace):
             rope_scale=rope_scale,
             rope_theta=rope_theta,
         )
-        self._plan = replace(plan, variant=variant)
         return self.run(q, paged_kv_cache, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse)
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)

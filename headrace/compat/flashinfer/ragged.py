@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from headrace.compat.flashinfer.attend import Place, Scales, Variant, attend
-from headrace.compat.flashinfer.batch import Batch, ragged_batch
-from headrace.compat.flashinfer.layout import dtype_of, token_major
+from headrace.compat.flashinfer.batch import ragged_batch
+from headrace.compat.flashinfer.layout import Dtype, dtype_of, token_major
+from headrace.compat.flashinfer.plan import Plan
 from headrace.compat.flashinfer.single import both
 from headrace.compat.flashinfer.workspace import (
     Workspace,
     buffers_of,
     check_value_dim,
-    fill,
     float8_scales,
     planned,
     refuse,
 )
-
-Dtype = str | torch.dtype | None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    batch: Batch
-    variant: Variant
-    out_dtype: torch.dtype | None
-    has_custom_mask: bool
 
 
 class BatchPrefillWithRaggedKVCacheWrapper(Workspace):
@@ -53,7 +42,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Workspace):
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph)
         refuse(jit_args=jit_args)
         self._buffers = buffers_of(use_cuda_graph, qo_indptr_buf=qo_indptr_buf, kv_indptr_buf=kv_indptr_buf)
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
 
     def plan(
         self,
@@ -105,9 +94,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Workspace):
         )
         if len(qo_indptr) != len(kv_indptr):
             raise ValueError(f"kv_indptr: expected {len(qo_indptr)} numbers as of qo_indptr, got {len(kv_indptr)}")
-        if self.is_cuda_graph_enabled:
-            for (name, buffer), given in zip(self._buffers.items(), (qo_indptr, kv_indptr), strict=True):
-                fill(buffer, given, name.removesuffix("_buf"))
+        self._fill(qo_indptr, kv_indptr)
         masked = custom_mask is not None or packed_custom_mask is not None
         variant = Variant(
             causal=causal and not masked,
@@ -120,7 +107,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Workspace):
             deterministic=disable_split_kv or fixed_split_size is not None,
         )
         batch = ragged_batch(qo_indptr, kv_indptr).masked(custom_mask, packed_custom_mask)
-        self._plan = _Plan(batch, variant, dtype_of(o_data_type), masked)
+        self._plan = Plan(batch, variant, dtype_of(o_data_type), masked)
 
     begin_forward = plan
 
@@ -147,7 +134,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(Workspace):
         """
         refuse(kv_cache_sf=kv_cache_sf, o_scale=o_scale)
         per_head = float8_scales(q, args)
-        plan: _Plan = planned(self._plan)
+        plan: Plan = planned(self._plan)
         dtype = plan.out_dtype
         if dtype is None and q.element_size() == 1:
             dtype = torch.bfloat16
@@ -182,10 +169,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(Workspace):
         return_lse: bool = False,
     ) -> Any:
         """run with options given here, which replace those of the plan."""
-        plan: _Plan = planned(self._plan, "forward")
-        variant = replace(
-            plan.variant,
-            causal=causal and not plan.has_custom_mask,
+        plan: Plan = planned(self._plan, "forward")
+        self._plan = plan.with_options(
+            causal=causal,
             pos_encoding_mode=pos_encoding_mode,
             window_left=window_left,
             logits_soft_cap=logits_soft_cap,
@@ -193,7 +179,6 @@ class BatchPrefillWithRaggedKVCacheWrapper(Workspace):
             rope_scale=rope_scale,
             rope_theta=rope_theta,
         )
-        self._plan = replace(plan, variant=variant)
         return self.run(q, k, v, return_lse=return_lse)
 
     forward_return_lse = functools.partialmethod(forward, return_lse=True)

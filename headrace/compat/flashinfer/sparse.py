@@ -6,7 +6,7 @@ each KV head with its own, pages are single keys and a block row of a head is a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -15,17 +15,13 @@ from torch import Tensor
 
 from headrace.compat.flashinfer.attend import Place, Scale, Scales, Variant, attend, copied
 from headrace.compat.flashinfer.batch import Batch, int32, listed_pages
-from headrace.compat.flashinfer.layout import dtype_of
+from headrace.compat.flashinfer.layout import Dtype, dtype_of
+from headrace.compat.flashinfer.plan import Plan
 from headrace.compat.flashinfer.workspace import Workspace, planned
-
-Dtype = str | torch.dtype | None
 
 
 @dataclass(frozen=True)
-class _Plan:
-    batch: Batch
-    variant: Variant
-    out_dtype: torch.dtype | None = None
+class _Plan(Plan):
     num_columns: int = 1
     kv_heads: int = 1
 
@@ -92,7 +88,7 @@ class BlockSparseAttentionWrapper(Workspace):
             rope_scale=rope_scale,
             rope_theta=rope_theta,
         )
-        self._plan = _Plan(batch, variant, dtype_of(o_data_type), C)
+        self._plan = _Plan(batch, variant, dtype_of(o_data_type), num_columns=C)
 
     begin_forward = plan
 
@@ -132,8 +128,8 @@ class BlockSparseAttentionWrapper(Workspace):
         rope_theta: float | None = None,
     ) -> Tensor:
         """run with options given here, which replace those of the plan."""
-        self._plan = _with_options(
-            planned(self._plan, "forward"),
+        plan: _Plan = planned(self._plan, "forward")
+        self._plan = plan.with_options(
             pos_encoding_mode=pos_encoding_mode,
             logits_soft_cap=logits_soft_cap,
             sm_scale=sm_scale,
@@ -142,10 +138,6 @@ class BlockSparseAttentionWrapper(Workspace):
         )
         found: Tensor = self.run(q, k, v, scale_q, scale_k, scale_v)
         return found
-
-
-def _with_options(plan: _Plan, **options: Any) -> _Plan:
-    return replace(plan, variant=replace(plan.variant, **options))
 
 
 def _seen_keys(seen: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,8 +233,8 @@ class VariableBlockSparseAttentionWrapper(Workspace):
         rope_theta: float | None = None,
     ) -> Tensor:
         """run with options given here, which replace those of the plan."""
-        self._plan = _with_options(
-            planned(self._plan, "forward"),
+        plan: _Plan = planned(self._plan, "forward")
+        self._plan = plan.with_options(
             pos_encoding_mode=pos_encoding_mode,
             logits_soft_cap=logits_soft_cap,
             sm_scale=sm_scale,

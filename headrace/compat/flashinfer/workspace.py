@@ -22,6 +22,7 @@ class Workspace:
         self._int_workspace_buffer: Tensor | None = None
         self._kv_layout = checked_layout(kv_layout)
         self._use_cuda_graph = use_cuda_graph
+        self._buffers: dict[str, Tensor | None] = {}  # of a CUDA graph, by the names of their arguments
         self.device = float_workspace_buffer.device
 
     @property
@@ -38,6 +39,12 @@ class Workspace:
 
     def end_forward(self) -> None:
         """Does nothing, as in the library."""
+
+    def _fill(self, *values: Tensor) -> None:
+        """Copies a plan's arrays to where a CUDA graph looks for them."""
+        if self.is_cuda_graph_enabled:
+            for (name, buffer), given in zip(self._buffers.items(), values, strict=True):
+                fill(buffer, given, name.removesuffix("_buffer").removesuffix("_buf"))
 
 
 def planned(plan: Any, what: str = "run") -> Any:
