@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from headrace.errors import SourceError
 from headrace.weights.sources import resolve
+
+
+def pytest_configure(config):
+    """Triton's kernels run in its interpreter, unless the tests are those of the GPU: they know when first imported."""
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests on the GPU run when asked for, and then alone: `pytest -m gpu`."""
+    if config.option.markexpr == "gpu":
+        return
+    kept = [item for item in items if "gpu" not in item.keywords]
+    config.hook.pytest_deselected(items=[item for item in items if "gpu" in item.keywords])
+    items[:] = kept
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Where a GPU kernel is tested: in Triton's interpreter, which takes arrays of the CPU, or on the GPU."""
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -46,7 +46,9 @@ COMPAT = "headrace/compat/"  # folders and signatures as others have them: progr
 INSTALLED = {"headrace", "numpy", "ml_dtypes", "tokenizers", "jinja2", "typer", "rich", "click"}
 # Files that speak torch: they import it at module level, and nobody else imports them there, so that all the rest
 # starts without it. Code for another library's models may need that one too.
-SPEAKS_TORCH = re.compile(r"headrace\.(ops\.torch_|compat\.)")
+SPEAKS_TORCH = re.compile(r"headrace\.(ops\.torch_|compat\.|kernels\.(triton|gluon|torch)\.)")
+# Of these, the ones that are written in Triton.
+SPEAKS_TRITON = re.compile(r"headrace\.kernels\.(triton|gluon)\.")
 THEIR_LIBRARIES = {"headrace.compat.transformers": "transformers"}
 # What the extra [server] brings: a server is nothing without it, and nobody else imports its package at module level.
 SERVER = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"}
@@ -173,7 +175,8 @@ def _extras_of(source: Source) -> set[str]:
         return SERVER
     if not SPEAKS_TORCH.match(source.module):
         return set()
-    return {"torch", THEIR_LIBRARIES.get(source.module, "torch")}
+    triton = {"triton"} if SPEAKS_TRITON.match(source.module) else set()
+    return {"torch", THEIR_LIBRARIES.get(source.module, "torch"), *triton}
 
 
 # Sizes

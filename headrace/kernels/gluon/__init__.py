@@ -1,0 +1,1 @@
+"""GPU kernels written for one generation of chips, in Gluon: Hopper first."""

@@ -1,0 +1,1 @@
+"""Portable GPU kernels, for NVIDIA and AMD: one file per op, imported when one is first launched."""

@@ -1,0 +1,41 @@
+"""What every Triton kernel starts from: where it runs, and products that mean the same everywhere.
+
+A kernel runs on the GPU that holds its arrays. With TRITON_INTERPRET=1 in the environment when it is first imported it
+runs in Triton's interpreter instead, element by element in NumPy, on arrays of the CPU: that is how its arithmetic is
+tested where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def dot(a, b, acc, precision: tl.constexpr):
+    """acc + a b, summed in float32. precision, of float32 operands: "ieee", "tf32x3" (of their accuracy) or "tf32".
+
+    NOTE: the interpreter would multiply the bit patterns of bfloat16.
+    """
+    if _INTERPRETED and a.dtype == tl.bfloat16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    if a.dtype == tl.float32:
+        return tl.dot(a, b, acc, input_precision=precision)
+    return tl.dot(a, b, acc)
+
+
+def on_device_of(tensor: torch.Tensor) -> Any:
+    """The context in which kernels on this tensor are launched: its GPU, whichever is current."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def num_multiprocessors(tensor: torch.Tensor) -> int:
+    """Of the tensor's GPU; in the interpreter a few, so that work is divided there as well."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 6
