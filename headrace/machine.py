@@ -212,7 +212,7 @@ def keep_roofs(
         known = kept["reads"].setdefault(threads, {})
         known.update({size: max(rate, known.get(size, 0.0)) for size, rate in points.items()})
     with suppress(OSError):  # a read-only cache is no reason to fail
-        _write_whole(_roofs_path(), json.dumps({"version": PROBES_VERSION, **kept}))
+        write_whole(_roofs_path(), json.dumps({"version": PROBES_VERSION, **kept}))
     this_machine.cache_clear()
     return this_machine()
 
@@ -242,7 +242,7 @@ def keep_calibration(speeds: Mapping[str, KernelSpeed]) -> Machine:
     be written. Keys: "op/kernel/unit"."""
     with suppress(OSError):
         found = {key: asdict(speed) for key, speed in speeds.items()}
-        _write_whole(_calibration_path(), json.dumps({"version": CALIBRATION_VERSION, "speeds": found}))
+        write_whole(_calibration_path(), json.dumps({"version": CALIBRATION_VERSION, "speeds": found}))
     _kept_calibration().clear()
     _kept_calibration().update(speeds)
     this_machine.cache_clear()
@@ -255,11 +255,12 @@ def _kept_calibration() -> dict[str, KernelSpeed]:
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         found = json.loads(_calibration_path().read_text())
         if found["version"] == CALIBRATION_VERSION:
-            return {str(key): _speed(fields) for key, fields in found["speeds"].items()}
+            return {str(key): kernel_speed(fields) for key, fields in found["speeds"].items()}
     return {}
 
 
-def _speed(fields: Mapping[str, float]) -> KernelSpeed:
+def kernel_speed(fields: Mapping[str, float]) -> KernelSpeed:
+    """The speed with these numbers out of a file; ValueError where they can be none."""
     speed = KernelSpeed(**{name: float(value) for name, value in fields.items()})
     values = asdict(speed)
     if not (all(math.isfinite(v) and v >= 0 for v in values.values()) and speed.arithmetic > 0 and speed.read > 0):
@@ -278,7 +279,8 @@ def _roofs_path() -> Path:
     return cache_dir() / f"machine-{key}.json"
 
 
-def _write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file that others see whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -171,7 +171,8 @@ def _append_traffic(model: StepModel, tokens: int) -> Traffic:
 def _attention_traffic(model: StepModel, size: StepSize) -> Traffic:
     config, keys = model.config, size.depth + size.tokens
     pages = -(-keys // model.page_size)
-    shapes, dtypes = model.cached(pages)
+    cached_shapes, dtypes = model.cached(pages)
+    shapes: dict[str, Any] = dict(cached_shapes)
     [asked] = requests_of(
         "paged_attention",
         (size.tokens, config.num_heads, config.head_dim),

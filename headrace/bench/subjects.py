@@ -44,8 +44,9 @@ class Subject:
     run: Callable[[str], Any]
 
     def able(self) -> list[str]:
-        """The kernels that can run it."""
-        return [kernel.name for kernel in self.kernels if not kernel.why_not(self.request)]
+        """The kernels that can run it where its arrays are."""
+        here = [kernel for kernel in self.kernels if self.request.device in kernel.devices]
+        return [kernel.name for kernel in here if not kernel.why_not(self.request)]
 
 
 def subjects(large: bool = False) -> Iterator[Subject]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from headrace.check.compare import budget
-from headrace.kernels.cpu.arrays import numpy_dtype
+from headrace.kernels.arrays import numpy_dtype
 from headrace.ops.kv_formats import FORMATS, quantize, unpack_int4
 
 # A format, and what shares a scale: a token's head ("token"), a page's ("page"), nothing ("").

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 from headrace.check.attention_batch import attention_batch, op_of, reference, straightforward
 from headrace.check.attention_cases import AttentionCase
 from headrace.check.compare import assert_within_budget, poisoned, rounded
-from headrace.kernels.cpu.arrays import Buffer, dtype_name, empty_like
-from headrace.machine import this_machine
-from headrace.ops import attention_dense, attention_paged
+from headrace.check.guards import Guarded, as_numpy
+from headrace.kernels.arrays import Buffer, dtype_name, empty_like
+from headrace.ops import attention_dense, attention_paged, attention_request
 from headrace.ops.attention_options import AttentionResult
 from headrace.ops.attention_request import Call, kernels
-from headrace.ops.select import Reason
+from headrace.ops.select import Reason, machine_of
 
 
 def prepared(batch: dict[str, Any]) -> Call:
@@ -36,6 +37,24 @@ def computed(case: AttentionCase, batch: dict[str, Any], out_dtype: str = "float
     return result
 
 
+def computed_on(
+    device: str, case: AttentionCase, batch: dict[str, Any], out_dtype: str = "float32", **options: Any
+) -> AttentionResult:
+    """The same of tensors on that device, each in guarded memory, results over NaN; AssertionError where anything
+    beside an array was written to."""
+    guarded = Guarded(device)
+    tensors = guarded.tensors(batch)
+    out = guarded.tensor(poisoned(case.out_shape, out_dtype), "out")
+
+    def guarded_like(array: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        return guarded.tensor(poisoned(shape, dtype), "lse")
+
+    with mock.patch.object(attention_request, "empty_like", guarded_like):
+        result = op_of(case)(**{**tensors, **options}, out=out)
+    guarded.assert_untouched()
+    return AttentionResult(as_numpy(result.out), as_numpy(result.lse))
+
+
 @functools.lru_cache(maxsize=8)
 def expected(
     case: AttentionCase, dtype: str, query_dtype: str, seed: int
@@ -54,15 +73,22 @@ def assert_kernel_holds(
     out_dtype: str = "float32",
     precision: str = "auto",
     seed: int = 0,
+    device: str | None = None,
     **options: Any,
 ) -> None:
-    """Raises AssertionError where the kernel's out or lse is outside its budget."""
+    """Raises AssertionError where the kernel's out or lse is outside its budget.
+
+    device: "cpu" or "cuda", of kernels that take tensors; then also where they write beside their arrays.
+    """
     batch, exact, plain = expected(case, dtype, query_dtype, seed)
     [found] = [each for each in kernels() if each.name == kernel]
-    arithmetic = found.planned(prepared(batch | {"precision": precision}).request(), this_machine()).arithmetic
+    given = batch if device is None else Guarded(device).tensors(batch)
+    asked = prepared(given | {"precision": precision}).request()
+    arithmetic = found.planned(asked, machine_of(asked)).arithmetic
     if arithmetic not in plain:
         plain[arithmetic] = straightforward(case, batch, exact, arithmetic)
-    got = computed(case, batch, out_dtype, kernel=kernel, precision=precision, **options)
+    compute = computed if device is None else functools.partial(computed_on, device)
+    got = compute(case, batch, out_dtype, kernel=kernel, precision=precision, **options)
     assert_close(got, exact, plain[arithmetic])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from headrace.check import attention_batch as forward
 from headrace.check.attention_cases import DENSE, RAGGED, AttentionCase, dense, heads, ragged
 from headrace.check.compare import assert_within_budget, rounded
-from headrace.kernels.cpu.arrays import dtype_name
+from headrace.kernels.arrays import dtype_name
 from headrace.machine import this_machine
 from headrace.ops import attention_gradients
 from headrace.ops.attention_formula import capped, per_head

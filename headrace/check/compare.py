@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from headrace.kernels.cpu.arrays import numpy_dtype
+from headrace.kernels.arrays import numpy_dtype
 
 ROUNDING = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 

@@ -19,7 +19,7 @@ from headrace.check.layout import purpose
 
 # From the bottom up. Those of one line stand side by side: packages among them do not import each other.
 LAYERS = (
-    ("errors", "config", "machine", "token_rules"),
+    ("errors", "config", "machine", "gpu_machine", "token_rules"),
     ("kernels",),
     ("ops",),
     ("kv_cache", "compat"),

@@ -3,8 +3,9 @@
 python -m headrace.check.support           prints the table
 python -m headrace.check.support --write   puts it into README.md
 
-A test compares the two. The machine it is made on does not matter: a missing instruction set is no reason here. A
-kernel has a feature when it takes it in one of the types bfloat16, float32 and float64; rows of a type ask for that.
+A test compares the two. The machine it is made on does not matter: a missing instruction set, library or GPU is no
+reason here, and kernels of GPUs are asked about arrays on one. A kernel has a feature when it takes it in one of the
+types bfloat16, float32 and float64; rows of a type ask for that.
 """
 
 from __future__ import annotations
@@ -12,14 +13,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from headrace.check.layout import ROOT
 from headrace.errors import ArgumentError
 from headrace.ops.call_request import kernels_of, requests_of
-from headrace.ops.per_isa import INSTRUCTION_SET
+from headrace.ops.per_gpu import LIBRARY
+from headrace.ops.per_isa import INSTRUCTION_SET, NATIVE_EXTENSION
 from headrace.ops.select import Kernel, Reason, Request, reasons_against
 
 BEGIN, END = "<!-- support -->", "<!-- /support -->"
@@ -46,7 +48,9 @@ def attention(
         cached = kv or own
         shapes = [(2, queries, heads[0], dims[0])]
         shapes += [(2, 300, heads[1], dim // 2 if cached == "uint8" else dim) for dim in dims]
-        scales = {"key_scales": (2, 300, heads[1]), "value_scales": (2, 300, heads[1])} if cached in SCALED else {}
+        scales: dict[str, Any] = (
+            {"key_scales": (2, 300, heads[1]), "value_scales": (2, 300, heads[1])} if cached in SCALED else {}
+        )
         types = {"query": own, "key": cached, "value": cached, "mask": options.get("mask_dtype", "bool")}
         rest = {name: value for name, value in options.items() if name != "mask_dtype"}
         return requests_of("attention", *shapes, dtype=types, **scales, **rest)
@@ -62,7 +66,7 @@ def paged(page_size: int = 16, **options: Any) -> Asked:
 
     def asked(own: str) -> list[Request]:
         pages = (64, page_size, 2, 64)
-        given = {"query_starts": (4,), **options}
+        given: dict[str, Any] = {"query_starts": (4,), **options}
         return requests_of("paged_attention", (9, 8, 64), pages, pages, (3, 4), (3,), dtype=own, **given)
 
     return asked
@@ -75,7 +79,7 @@ def ragged(own: str) -> list[Request]:
 
 def latent(own: str) -> list[Request]:
     """DeepSeek's absorbed form."""
-    options = {"query_starts": (4,), "value_dim": 512, "scale": 0.1}
+    options: dict[str, Any] = {"query_starts": (4,), "value_dim": 512, "scale": 0.1}
     return requests_of("mla_attention", (9, 128, 576), (64, 64, 576), (3, 8), (3,), dtype=own, **options)
 
 
@@ -94,7 +98,7 @@ def every(*parts: Asked) -> Asked:
 
 def appended(own: str) -> list[Request]:
     """Rotated and quantized on the way into the pages."""
-    shapes = {"slots": (9,), "query": (9, 8, 64), "table": (9, 64)}
+    shapes: dict[str, Any] = {"slots": (9,), "query": (9, 8, 64), "table": (9, 64)}
     shapes |= dict.fromkeys(("key_scales", "value_scales"), (64, 16, 2))
     types = {"key": own, "value": own, "query": own, "key_pages": "int8", "value_pages": "int8"}
     pages = (64, 16, 2, 64)
@@ -184,13 +188,21 @@ def _said(name: str, asked: Asked, own: str, require: Sequence[str]) -> Cell:
 
 
 def _reasons(kernel: Kernel, request: Request, require: Sequence[str]) -> list[Reason]:
-    """Against it on a machine that has its instruction set."""
-    own = [reason for reason in kernel.why_not(request) if reason.predicate != INSTRUCTION_SET]
+    """Against it on a machine that has its instruction set, or its GPU."""
+    request = request if "cpu" in kernel.devices else replace(request, device="cuda", arch=_arch_for(kernel))
+    own = [reason for reason in kernel.why_not(request) if reason.predicate not in OF_MACHINE]
     return own or reasons_against(_anywhere(kernel), request, require)
 
 
+OF_MACHINE = (INSTRUCTION_SET, NATIVE_EXTENSION, LIBRARY)
+
+
+def _arch_for(kernel: Kernel) -> str:
+    return kernel.isa if kernel.isa.startswith("sm_") else "sm_90"
+
+
 def _anywhere(kernel: Kernel) -> Kernel:
-    return Kernel(kernel.name, lambda request: [], kernel.cost, kernel.run, kernel.plan, kernel.isa)
+    return replace(kernel, why_not=lambda request: [])
 
 
 def support_lines() -> list[str]:
@@ -200,7 +212,10 @@ def support_lines() -> list[str]:
     for feature, (asked, require) in FEATURES.items():
         cells = [_numbered(cell(name, asked, require), notes) for name in names]
         lines.append(f"| {feature} | {' | '.join(cells)} |")
-    lines += ["", f"{ELSEWHERE}: an op that is memory's alone; the kernel of the instruction set below does it."]
+    lines += [
+        "",
+        f"{ELSEWHERE}: an op that is memory's alone; the kernel of the instruction set below, or of the GPU, does it.",
+    ]
     return lines + [f"{number}: {text}." for text, number in notes.items()]
 
 

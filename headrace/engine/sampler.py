@@ -11,7 +11,7 @@ import numpy as np
 from headrace.config import SamplingParams
 from headrace.engine.row_edits import RowEdits, Text
 from headrace.errors import ArgumentError, HeadraceError, NotFiniteError
-from headrace.kernels.cpu.arrays import Buffer
+from headrace.kernels.arrays import Buffer
 from headrace.ops.sampling import NO_TOKEN, NOT_DRAWN, is_penalized, sample, sample_rows, settings
 
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from headrace.config import KV_DTYPES, EngineConfig, ModelConfig
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import Fixed, as_tensor, numpy_dtype, zeros
+from headrace.kernels.arrays import Fixed, numpy_dtype
+from headrace.kernels.cpu.arrays import as_tensor, zeros
 from headrace.kv_cache.pages import pages_needed
 from headrace.machine import this_machine
 from headrace.ops.kv_formats import FORMAT_OF_DTYPE, FORMATS, KVFormat

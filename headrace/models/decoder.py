@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headrace.config import ModelConfig
-from headrace.kernels.cpu.arrays import Buffer
+from headrace.kernels.arrays import Buffer
 from headrace.kv_cache.storage import LayerPages
 from headrace.models.layers import ModelWeights, StepInputs, attention, feed_forward
 from headrace.ops.embedding import embedding, select_rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from headrace.config import ModelConfig
-from headrace.kernels.cpu.arrays import Buffer
+from headrace.kernels.arrays import Buffer
 from headrace.kv_cache.storage import LayerPages
 from headrace.ops.attention_paged import paged_attention
 from headrace.ops.linear import PackedWeight, linear, linear_gated, linear_many

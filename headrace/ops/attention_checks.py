@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import Buffer, dtype_name, shape_of
+from headrace.kernels.arrays import Buffer, dtype_name, shape_of
 
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 QUANTIZED = ("float8_e4m3fn", "int8", "uint8")  # uint8: two 4-bit codes

@@ -7,7 +7,8 @@
 
     out = softmax_j(cap(scale * q k_j) - slope * |own - j| + mask_j) v_j          attention_formula.py has every detail
 
-A dense bool mask is recognised for what it is (masks.py): causal, window, prefix and documents are run as that.
+A dense bool mask on the CPU is recognised for what it is (masks.py): causal, window, prefix and documents are run as
+that. Of arrays on a GPU nothing is looked at before the kernel runs, which then must be able to (no synchronisation).
 
 Dao 2022-2024, "FlashAttention" 1-3 and "Flash-Decoding".
 """
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import Buffer, dtype_name, shape_of
+from headrace.kernels.arrays import Buffer, device_of, dtype_name, shape_of
 from headrace.ops import attention_checks as checks
 from headrace.ops.attention_formula import Mix, attend, decoded
 from headrace.ops.attention_options import AttentionOptions, AttentionResult, Window, checked_options
@@ -182,7 +183,8 @@ def _key_ranges(given: Mapping[str, Any], requests: int, key_tokens: int) -> tup
         raise ArgumentError(
             f"{name}: expected key_starts [requests] with key_lens in a program, got {list(starts.shape)}"
         )
-    _check_cumulative(name, starts, key_tokens)
+    if device_of(starts) == "cpu":  # what a GPU holds is not waited for: its kernels read nothing outside the arrays
+        _check_cumulative(name, starts, key_tokens)
     return starts[:-1], starts[1:] - starts[:-1] if lens is None else lens
 
 
@@ -230,6 +232,8 @@ def recognisable(call: Call) -> bool:
     """Whether all a query sees is in one bool matrix, and its place among the keys does not matter otherwise."""
     arrays, options = call.arrays, call.options
     if any(isinstance(arrays[name], Buffer) for name in ("mask", "query", "key")) or len(arrays["query"].shape) == 3:
+        return False
+    if call.place[0] != "cpu":  # to look at it would be to wait for the GPU
         return False
     whole = (1, arrays["query"].shape[1], arrays["key"].shape[1])
     if 0 in (*whole, arrays["query"].shape[0]):

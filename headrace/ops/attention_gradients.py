@@ -26,12 +26,13 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import dtype_name, empty_like, is_torch, shape_of
+from headrace.kernels.arrays import check_same_device, dtype_name, empty_like, is_torch, shape_of
 from headrace.ops import attention_checks as checks
 from headrace.ops import attention_dense
 from headrace.ops.attention_formula import capped, log_sum_exp, per_head, position_bias
 from headrace.ops.attention_options import AttentionOptions, Window, checked_options
-from headrace.ops.attention_request import WIDTHS, Call, kernels_over, seen_of, unit_of
+from headrace.ops.attention_request import WIDTHS, Call, kernels_over, run_kernel, seen_of, unit_of
+from headrace.ops.late import late
 from headrace.ops.masks import ranges_of, recognise
 from headrace.ops.select import Kernel, Request, Traffic, choose
 
@@ -103,7 +104,7 @@ def attention_backward(
     call, found = simplified(call), outputs(call)
     places = {"d_query": found.query, "d_key": found.key, "d_value": found.value, "d_sinks": found.sinks}
     chosen = choose(kernels(), request_of(call), kernel, require)
-    chosen.run({**call.arrays, "d_out": _packed(d_out), **places}, call.options.native())
+    run_kernel(chosen, {**call.arrays, "d_out": _packed(d_out), **places}, call.options)
     return found
 
 
@@ -126,6 +127,7 @@ def prepared(
         if name in arrays:
             checks.check_shape(name, arrays[name], rows)
             checks.check_type(name, arrays[name], ("float64",) if exact else ("float32",))
+    check_same_device(arrays)
     options = replace(call.options, deterministic=True)
     return replace(call, op="attention_backward", arrays=arrays, options=options)
 
@@ -184,7 +186,7 @@ def request_of(call: Call) -> Request:
     said = {name: getattr(options, name) for name in ("causal", "align", "window", "softcap", "precision")}
     said |= {"deterministic": True, "num_keys": call.extent.keys}
     said |= {"mask": call.mask_text} if call.mask_text else {}
-    return Request(call.op, shapes, dtypes, traffic(call, shapes, dtypes), said)
+    return Request(call.op, shapes, dtypes, traffic(call, shapes, dtypes), said, *call.place)
 
 
 def traffic(call: Call, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> Traffic:
@@ -195,15 +197,13 @@ def traffic(call: Call, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[s
     extent = call.extent
     seen, _ = seen_of(extent, call.options)
     flops = 2 * seen * extent.heads * (3 * extent.head_dim + 2 * extent.value_dim)
-    return Traffic(num_bytes, flops, unit_of(dtypes, call.options))
+    return Traffic(num_bytes, flops, unit_of(dtypes, call.options, call.place[0]))
 
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    """The kernels of this op, imported when first asked for."""
-    from headrace.kernels.cpu import attention_backward as native
-
-    return kernels_over(native.run)
+    """The kernels of this op, imported when first run."""
+    return kernels_over(late("headrace.kernels.cpu.attention_backward"))
 
 
 # What is exact

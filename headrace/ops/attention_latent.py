@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import Buffer, Fixed, dtype_name, is_torch, shape_of
+from headrace.kernels.arrays import Buffer, Fixed, dtype_name, is_torch, shape_of
 from headrace.ops import attention_paged as paged
 from headrace.ops.attention_checks import check_rank, check_shape, logical_dim
 from headrace.ops.attention_options import AttentionResult, Window

@@ -21,9 +21,11 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import check_writable, dtype_name, empty_like, numpy_dtype, shape_of
+from headrace.kernels.arrays import check_same_device, check_writable, dtype_name, empty_like, numpy_dtype, shape_of
 from headrace.ops.attention_options import AttentionResult
-from headrace.ops.select import Kernel, Request, Traffic, choose
+from headrace.ops.late import late
+from headrace.ops.per_isa import per_isa
+from headrace.ops.select import Kernel, Request, Traffic, choose, placed
 from headrace.ops.tracked import needs_torch
 
 Part = AttentionResult | tuple[Any, Any]
@@ -77,7 +79,7 @@ def merge(
     else:
         lse_dtype = "float64" if out_dtype == "float64" else "float32"
         out = AttentionResult(empty_like(outs[0], shape, out_dtype), empty_like(outs[0], shape[:-1], lse_dtype))
-    asked = request([shape] * len(outs), dtypes, out_dtype)
+    asked = placed(request([shape] * len(outs), dtypes, out_dtype), outs[0])
     choose(kernels(), asked, kernel).run(outs, lses, out=out.out, lse=out.lse, sinks=sinks)
     return out
 
@@ -137,12 +139,11 @@ def _check_parts(outs: Sequence[Any], lses: Sequence[Any]) -> None:
         if len(out_shape) < 3 or out_shape[:-1] != lse_shape:
             text = f"{list(out_shape)} and {list(lse_shape)}"
             raise ArgumentError(f"parts[{i}]: expected out [..., heads, value_dim] and lse [..., heads], got {text}")
+    words = (("out", outs), ("lse", lses))
+    check_same_device({f"parts[{i}].{word}": part for word, parts in words for i, part in enumerate(parts)})
 
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    """The kernels of this op, imported when first asked for."""
-    from headrace.kernels.cpu import merge_attention
-    from headrace.ops.per_isa import per_isa
-
-    return per_isa(merge_attention.run)
+    """The kernels of this op, imported when first run."""
+    return per_isa(late("headrace.kernels.cpu.merge_attention"))

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import dtype_name, shape_of
+from headrace.kernels.arrays import dtype_name, shape_of
 from headrace.ops import attention_checks as checks
 from headrace.ops.attention_dense import rows_of, slopes_of
 from headrace.ops.attention_formula import Mix, attend, decoded

@@ -2,7 +2,7 @@
 
 A cached byte is read once per request, whatever number of queries and heads share it; each query row multiplies every
 key and every value it sees. Kernels: float32 arithmetic in three instruction sets, for every type; bfloat16 products
-with float32 sums where an instruction set has them; float64.
+with float32 sums where an instruction set has them; float64. On a GPU: those of gpu_*.py.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu import isa
-from headrace.kernels.cpu.arrays import dtype_name, empty_like, shape_of
-from headrace.machine import KernelSpeed, Machine, this_machine
+from headrace.kernels import cpu
+from headrace.kernels.arrays import arch_of, as_torch, check_same_device, device_of, dtype_name, empty_like, shape_of
+from headrace.machine import KernelSpeed, Machine
 from headrace.ops.attention_checks import FLOATS, check_shape, check_type
 from headrace.ops.attention_options import AttentionOptions, AttentionResult, checked_options
-from headrace.ops.select import Kernel, Plan, Reason, Request, Traffic, choose, count_choice
+from headrace.ops.late import late
+from headrace.ops.per_gpu import arithmetic_of
+from headrace.ops.per_isa import CALL_SECONDS, cpu_kernel, level_in_force, native_conditions, predicted_seconds
+from headrace.ops.select import Kernel, Plan, Reason, Request, Traffic, choose, count_choice, machine_at
 
 WIDTHS = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "int8": 1, "uint8": 1, "bool": 1}
 OPTION_NAMES = {field.name for field in fields(AttentionOptions)}
@@ -60,13 +63,20 @@ class Call:
     extent: Extent
     options: AttentionOptions
     mask_text: str | None = None  # what a mask was recognised as
+    stands_for: tuple[str, str] | None = None  # device and generation of the arrays that these stand for (`explain`)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The device that holds the arrays, and its generation if it is a GPU."""
+        query = self.arrays["query"]
+        return self.stands_for or (device_of(query), arch_of(query))
 
     def request(self, out_dtype: str | None = None) -> Request:
         """What the choice of a kernel goes by. out_dtype: the query's when None."""
         shapes = {name: shape_of(array, name) for name, array in self.arrays.items()}
         dtypes = {name: dtype_name(array) for name, array in self.arrays.items()}
         dtypes["out"] = out_dtype or dtypes["query"]
-        asked = attention_request(self.op, self.extent, self.options, shapes=shapes, dtypes=dtypes)
+        asked = attention_request(self.op, self.extent, self.options, shapes=shapes, dtypes=dtypes, place=self.place)
         return replace(asked, options={**asked.options, "mask": self.mask_text}) if self.mask_text else asked
 
 
@@ -77,6 +87,7 @@ def split_arguments(given: Mapping[str, Any], head_dim: int) -> tuple[dict[str, 
     unknown = sorted(set(arrays) - ARRAY_NAMES)
     if unknown:
         raise ArgumentError(f"{unknown[0]}: attention takes no argument of this name")
+    check_same_device(arrays)
     return arrays, options
 
 
@@ -90,7 +101,9 @@ def launch(
     """
     names, types = zip(*((name, dtype_name(array)) for name, array in call.arrays.items()), strict=True)
     alike = (call.op, names, types, dtype_name(result.out), call.extent.alike(), call.options, call.mask_text)
-    asked = (*alike, kernel, tuple(require), isa(), id(this_machine()))
+    place = call.place
+    here = (place, level_in_force(), id(machine_at(*place)))
+    asked = (*alike, *_details(call), kernel, tuple(require), *here)
     chosen = _chosen.get(asked)
     if chosen is None:
         chosen = choose(kernels(), call.request(dtype_name(result.out)), kernel, require)
@@ -99,8 +112,25 @@ def launch(
         _chosen[asked] = chosen
     else:
         count_choice(call.op, chosen.name)
-    chosen.run({**call.arrays, "out": result.out, "lse": result.lse}, call.options.native())
+    run_kernel(chosen, {**call.arrays, "out": result.out, "lse": result.lse}, call.options)
     return result
+
+
+def _details(call: Call) -> tuple[Any, ...]:
+    """What else kernels of GPUs may ask for, and a key more or less does not change."""
+    arrays, extent = call.arrays, call.extent
+    page_size = arrays["key"].shape[1] if "page_table" in arrays else 0
+    mask_shape = arrays["mask"].shape if "mask" in arrays else ()
+    return page_size, mask_shape[:-1], extent.queries == extent.keys
+
+
+def run_kernel(chosen: Kernel, arrays: Mapping[str, Any], options: AttentionOptions) -> None:
+    """Runs a kernel of attention. Those of GPUs take tensors, and what the CPU's kernels have in their names."""
+    if "cpu" in chosen.devices:
+        chosen.run(arrays, options.native())
+        return
+    tensors = {name: as_torch(array, name) for name, array in arrays.items() if array is not None}
+    chosen.run(tensors, options.native() | {"precision": options.precision})
 
 
 _chosen: dict[tuple[Any, ...], Kernel] = {}
@@ -119,6 +149,7 @@ def outputs(call: Call, out: Any, out_dtype: str | None) -> AttentionResult:
         out = empty_like(query, (*rows, call.extent.value_dim), wanted)
     check_shape("out", out, (*rows, call.extent.value_dim))
     check_type("out", out, (wanted,))
+    check_same_device({"query": query, "out": out})
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ArgumentError("out: expected an array that can be written, got a read-only one")
     return AttentionResult(out, empty_like(query, rows, "float64" if exact else "float32"))
@@ -131,6 +162,7 @@ def attention_request(
     *,
     shapes: Mapping[str, tuple[int, ...]],
     dtypes: Mapping[str, str],
+    place: tuple[str, str] = ("cpu", ""),
 ) -> Request:
     """The request of a call, from sizes and types alone."""
     said = {
@@ -144,7 +176,8 @@ def attention_request(
     }
     # Latent attention reads its values as a part of its keys.
     read = extent.head_dim + (0 if op == "mla_attention" else extent.value_dim)
-    return Request(op, shapes, dtypes, _traffic(extent, options, shapes, dtypes, read_dim=read), said)
+    num_bytes, flops = _traffic(extent, options, shapes, dtypes, read_dim=read)
+    return Request(op, shapes, dtypes, Traffic(num_bytes, flops, unit_of(dtypes, options, place[0])), said, *place)
 
 
 def _traffic(
@@ -154,7 +187,8 @@ def _traffic(
     dtypes: Mapping[str, str],
     *,
     read_dim: int,
-) -> Traffic:
+) -> tuple[int, int]:
+    """Bytes and operations."""
     seen, read = seen_of(extent, options)
     both = extent.head_dim + extent.value_dim
     key_bytes = read_dim * WIDTHS[dtypes["key"]] // (2 if dtypes["key"] == "uint8" else 1)
@@ -163,7 +197,7 @@ def _traffic(
     num_bytes = read * extent.kv_heads * key_bytes + extent.queries * extent.heads * row_bytes
     if "mask" in shapes:
         num_bytes += math.prod(shapes["mask"]) * WIDTHS[dtypes["mask"]]
-    return Traffic(num_bytes, 2 * seen * extent.heads * both, unit_of(dtypes, options))
+    return num_bytes, 2 * seen * extent.heads * both
 
 
 def seen_of(extent: Extent, options: AttentionOptions) -> tuple[int, int]:
@@ -203,8 +237,10 @@ def keys_read(num_queries: int, num_keys: int, options: AttentionOptions) -> int
     return max(end - first, 0) if num_queries else 0
 
 
-def unit_of(dtypes: Mapping[str, str], options: AttentionOptions) -> str:
+def unit_of(dtypes: Mapping[str, str], options: AttentionOptions, device: str = "cpu") -> str:
     """The arithmetic a call asks for."""
+    if device != "cpu":
+        return arithmetic_of(dtypes, options.precision, device)
     if dtypes["query"] == "float64":
         return "fp64"
     narrow = WITH_BFLOAT16_PRODUCTS and not why_not_bfloat16(dtypes, options.precision)
@@ -253,16 +289,12 @@ def _plan_of(arithmetic: str, cores: int, invariant: bool, mask_text: str | None
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    """The kernels of dense, ragged and paged attention, imported when first asked for."""
-    from headrace.kernels.cpu import attention
-
-    return kernels_over(attention.run)
+    """The kernels of dense, ragged and paged attention, imported when first run."""
+    return kernels_over(late("headrace.kernels.cpu.attention"))
 
 
 def kernels_over(run: Callable[..., None]) -> tuple[Kernel, ...]:
     """A kernel for each instruction set and arithmetic of a native op: run(level, arrays, options, arithmetic=..)."""
-    from headrace.kernels import cpu
-    from headrace.ops.per_isa import cpu_kernel
 
     def of(level: str, arithmetic: str) -> Kernel:
         why_not = _why_not_products if arithmetic == "bf16" else _why_not_single
@@ -274,8 +306,6 @@ def kernels_over(run: Callable[..., None]) -> tuple[Kernel, ...]:
 
 
 def _double_kernel(run: Callable[..., None]) -> Kernel:
-    from headrace.kernels import cpu
-    from headrace.ops.per_isa import CALL_SECONDS, predicted_seconds
 
     def runs(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         run(min(cpu.isa(), cpu.ISAS[2], key=cpu.ISAS.index), arrays, options, arithmetic="fp64")
@@ -283,4 +313,4 @@ def _double_kernel(run: Callable[..., None]) -> Kernel:
     def cost(request: Request, machine: Machine) -> float:
         return predicted_seconds(request, machine, "cpu_float64", KernelSpeed(CALL_SECONDS, 0.5))
 
-    return Kernel("cpu_float64", _why_not_double, cost, runs, functools.partial(_planned, "fp64"))
+    return Kernel("cpu_float64", native_conditions(_why_not_double), cost, runs, functools.partial(_planned, "fp64"))

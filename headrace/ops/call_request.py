@@ -3,10 +3,11 @@
     explain("attention", (1, 1, 32, 128), (1, 32768, 8, 128), (1, 32768, 8, 128), dtype="bfloat16", causal=True)
     explain("paged_attention", query, key_pages, value_pages, page_table, sequence_lens, query_starts=starts)
     explain("linear", (1, 4096), (4096, 4096), dtype={"weight": "Q4_0"})
+    explain("attention", (1, 8192, 32, 128), *[(1, 8192, 8, 128)] * 2, dtype="bfloat16", device="cuda", arch="sm_90")
 
 The arguments are those of the op, checked as the op checks them, any array given as a tuple: its shape. A shape stands
 for an array of zeros that takes no memory (some, with indices). Lengths and starts given as shapes share tokens and
-keys out evenly.
+keys out evenly. device and arch: of a GPU that need not be there; by default where the arrays lie.
 """
 
 from __future__ import annotations
@@ -21,10 +22,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from headrace.errors import ArgumentError
+from headrace.gpu_machine import arch_in_use
+from headrace.kernels import cpu
+from headrace.kernels.arrays import Buffer, dtype_name, numpy_dtype
 from headrace.ops.explanation import Candidate, Explanation, explain_request
-from headrace.ops.select import Kernel, Request
+from headrace.ops.select import Kernel, Request, placed
 
 Dtypes = str | Mapping[str, str]
+Place = tuple[str, str]  # device and generation: "cuda", "sm_90"
 
 # Arrays that are not of the call's own type.
 _OTHER_DTYPES = {
@@ -50,22 +55,41 @@ _LENGTHS = ("sequence_lens", "key_lens")
 _STARTS = {"query_starts": "query", "key_starts": "key"}
 
 
+class Given(NamedTuple):
+    """The arguments of `explain`. place: of arrays given as shapes, where it is not the CPU."""
+
+    arrays: Sequence[Any]
+    dtype: Dtypes
+    options: Mapping[str, Any]
+    place: Place | None = None
+
+    def on_gpu(self) -> bool:
+        return self.place is not None and self.place[0] != "cpu"
+
+
 def explain(
-    op: str, *arrays: Any, dtype: Dtypes = "float32", require: Sequence[str] = (), **options: Any
+    op: str,
+    *arrays: Any,
+    dtype: Dtypes = "float32",
+    device: str | None = None,
+    arch: str = "",
+    require: Sequence[str] = (),
+    **options: Any,
 ) -> Explanation:
     """Which kernel would serve a call and why, which others could, and why not the rest. Nothing is computed.
 
     arrays and options: those of the op, or a single Request. dtype: of arrays given as shapes, by argument where they
-    differ; weights of linear have the name of a format. require: see select.py.
+    differ; weights of linear have the name of a format. device: "cpu", "cuda" or "hip", where arrays given as shapes
+    would lie, and arch its generation, by default that of the GPU in use, else "sm_90" or "gfx942". require: select.py.
     Raises ArgumentError for an op there is not and for arguments that the op would not take.
     """
     kernels = kernels_of(op)
     if len(arrays) == 1 and isinstance(arrays[0], Request):
         return explain_request(kernels, arrays[0], require=require)
-    found = _asked(op, arrays, dtype, options)
+    found = _asked(op, Given(arrays, dtype, options, _place(device, arch)))
     largest = max(found, key=lambda each: each.request.traffic.flops)
     told = explain_request(kernels, largest.request, require=require)
-    if largest.call is not None:
+    if largest.call is not None and largest.request.device == "cpu":
         able = tuple(_divided(candidate, largest) for candidate in told.able)
         told = replace(told, chosen=told.chosen and _divided(told.chosen, largest), able=able)
     notes = [f"the largest of {len(found)} launches"] if len(found) > 1 else []
@@ -90,59 +114,79 @@ def kernels_of(op: str) -> tuple[Kernel, ...]:
     return found
 
 
-def requests_of(op: str, *arrays: Any, dtype: Dtypes = "float32", **options: Any) -> list[Request]:
+def requests_of(
+    op: str, *arrays: Any, dtype: Dtypes = "float32", device: str | None = None, arch: str = "", **options: Any
+) -> list[Request]:
     """What a call asks of the kernels, one request per launch: more than one where a mask makes it several."""
-    return [each.request for each in _asked(op, arrays, dtype, options)]
+    return [each.request for each in _asked(op, Given(arrays, dtype, options, _place(device, arch)))]
 
 
-def _asked(op: str, arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
+def _place(device: str | None, arch: str) -> Place | None:
+    if device not in (None, "cpu", "cuda", "hip"):
+        raise ArgumentError(f"device: expected cpu, cuda or hip, got {device!r}")
+    if arch and device in (None, "cpu"):
+        raise ArgumentError(f"arch: expected none without a GPU as device, got {arch!r}", 'device="cuda" or "hip"')
+    if device is None:
+        return None
+    return device, "" if device == "cpu" else arch or arch_in_use(device)
+
+
+def _asked(op: str, given: Given) -> list[Asked]:
     if op not in _OPS:
         raise ArgumentError(f"op: expected one of {', '.join(sorted(_OPS))}, got {op!r}")
-    return _OPS[op].asked(arrays, dtype, options)
+    return [_at(given.place, each) for each in _OPS[op].asked(given)]
+
+
+def _at(place: Place | None, asked: Asked) -> Asked:
+    """The same of arrays that lie there."""
+    if place is None or (asked.request.device, asked.request.arch) == place:
+        return asked
+    return asked._replace(request=replace(asked.request, device=place[0], arch=place[1]))
 
 
 # Attention
 
 
-def _of_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
+def _of_attention(asked: Given) -> list[Asked]:
     from headrace.ops import attention_dense
 
-    call = _call(attention_dense, _bound(attention_dense.attention, arrays, dtype, options))
-    out_dtype = options.get("out_dtype")
-    if "mask" not in call.arrays or not isinstance(options.get("mask"), np.ndarray):
+    call = _call(attention_dense, _bound(attention_dense.attention, asked), asked.place)
+    out_dtype, known = asked.options.get("out_dtype"), isinstance(asked.options.get("mask"), np.ndarray)
+    if "mask" not in call.arrays or not known or asked.on_gpu():
         return [Asked(call.request(out_dtype), call)]
     query = call.arrays["query"]
     place = attention_dense.AttentionResult(query, query[..., 0])  # only sliced, never written
     return [Asked(part.request(out_dtype), part) for part, _ in attention_dense.parts(call, place)]
 
 
-def _of_attention_backward(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
+def _of_attention_backward(asked: Given) -> list[Asked]:
     from headrace.ops import attention_gradients
 
-    given = _bound(attention_gradients.attention_backward, arrays, dtype, options)
+    given = _bound(attention_gradients.attention_backward, asked)
     named = {name: value for name, value in given.items() if name not in ("kernel", "require") and value is not None}
     call = attention_gradients.prepared(**named)
-    known = isinstance(options.get("mask"), np.ndarray)
+    call = replace(call, stands_for=asked.place)
+    known = isinstance(asked.options.get("mask"), np.ndarray)
     return [Asked(attention_gradients.request_of(attention_gradients.simplified(call) if known else call))]
 
 
-def _of_paged_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
+def _of_paged_attention(asked: Given) -> list[Asked]:
     from headrace.ops import attention_paged
 
-    return _with_cascade(attention_paged, _bound(attention_paged.paged_attention, arrays, dtype, options))
+    return _with_cascade(attention_paged, _bound(attention_paged.paged_attention, asked), asked.place)
 
 
-def _of_mla_attention(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
+def _of_mla_attention(asked: Given) -> list[Asked]:
     from headrace.ops import attention_latent
 
-    return _with_cascade(attention_latent, _bound(attention_latent.mla_attention, arrays, dtype, options))
+    return _with_cascade(attention_latent, _bound(attention_latent.mla_attention, asked), asked.place)
 
 
-def _with_cascade(module: Any, given: Mapping[str, Any]) -> list[Asked]:
+def _with_cascade(module: Any, given: Mapping[str, Any], place: Place | None) -> list[Asked]:
     """The request, and what equal beginnings of its page table are worth."""
     from headrace.ops.cascade import cascade_of
 
-    call = _call(module, given)
+    call = _call(module, given, place)
     request: Request = call.request(given["out_dtype"])
     listed = given["indices"] is not None or given["page_indices"] is not None
     found = None if listed else cascade_of(call, given["cascade"])
@@ -151,8 +195,8 @@ def _with_cascade(module: Any, given: Mapping[str, Any]) -> list[Asked]:
 
 def _divided(candidate: Candidate, asked: Asked) -> Candidate:
     """The candidate with the division of work that it would make, where the arrays are known or can be stood in for."""
-    from headrace.kernels import cpu
-    from headrace.kernels.cpu.arrays import Buffer, numpy_dtype
+    if candidate.isa not in cpu.ISAS and candidate.arithmetic != "fp64":
+        return candidate  # a kernel of a GPU, in the interpreter
     from headrace.kernels.cpu.attention import division
 
     call, level = asked.call, candidate.isa if candidate.isa in cpu.ISAS else cpu.isa()
@@ -180,24 +224,25 @@ def _with_memory(array: Any) -> Any:
 _ASIDE = {"out", "out_dtype", "kernel", "require", "cascade"}
 
 
-def _call(module: Any, given: Mapping[str, Any]) -> Any:
-    """The op's own checked call."""
-    return module.prepared(**{name: v for name, v in given.items() if name not in _ASIDE and v is not None})
+def _call(module: Any, given: Mapping[str, Any], place: Place | None) -> Any:
+    """The op's own checked call, of arrays that lie at that place."""
+    call = module.prepared(**{name: v for name, v in given.items() if name not in _ASIDE and v is not None})
+    return replace(call, stands_for=place)
 
 
 # Others
 
 
-def _of_linear(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
+def _of_linear(asked: Given) -> list[Asked]:
     from headrace.ops import linear
 
-    given = _bound(linear.linear, arrays, dtype, options)
+    given = _bound(linear.linear, asked)
     weight, precision = given["weight"], given["precision"]
     if precision not in linear.PRECISIONS:
         raise ArgumentError(f"precision: expected one of {', '.join(linear.PRECISIONS)}, got {precision!r}")
-    name = weight.format if isinstance(weight, linear.PackedWeight) else _format(weight, dtype)
-    request = linear.request(given["x"].shape[0], [(name, *weight.shape)], str(given["x"].dtype), precision)
-    return [Asked(request)]
+    name = weight.format if isinstance(weight, linear.PackedWeight) else _format(weight, asked.dtype)
+    request = linear.request(given["x"].shape[0], [(name, *weight.shape)], dtype_name(given["x"]), precision)
+    return [Asked(placed(request, given["x"]))]
 
 
 def _format(weight: Any, dtype: Dtypes) -> str:
@@ -207,32 +252,33 @@ def _format(weight: Any, dtype: Dtypes) -> str:
     return get_format(named).name
 
 
-def _of_norm(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
+def _of_norm(asked: Given) -> list[Asked]:
     from headrace.ops import norm
 
-    given = _bound(norm.rms_norm, arrays, dtype, options)
-    own = str(given["x"].dtype)
-    return [Asked(norm.request(given["x"].shape, own, given["out_dtype"] or own))]
+    given = _bound(norm.rms_norm, asked)
+    own = dtype_name(given["x"])
+    return [Asked(placed(norm.request(given["x"].shape, own, given["out_dtype"] or own), given["x"]))]
 
 
-def _of_append(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
+def _of_append(asked: Given) -> list[Asked]:
     from headrace.ops import page_append
 
-    given = _bound(page_append.append_pages, arrays, dtype, options)
+    given = _bound(page_append.append_pages, asked)
     found = {name: array for name, array in given.items() if hasattr(array, "shape")}
-    dtypes = {name: str(array.dtype) for name, array in found.items()}
-    return [Asked(page_append.request(_shapes(found), dtypes))]
+    dtypes = {name: dtype_name(array) for name, array in found.items()}
+    return [Asked(placed(page_append.request(_shapes(found), dtypes), found["key"]))]
 
 
-def _of_merge(arrays: Sequence[Any], dtype: Dtypes, options: dict[str, Any]) -> list[Asked]:
+def _of_merge(asked: Given) -> list[Asked]:
     from headrace.ops import attention_merge
 
-    given = _bound(attention_merge.merge_attention, arrays, dtype, options)
+    given = _bound(attention_merge.merge_attention, asked)
     outs = [
-        _zeros(part, _dtype_of("parts", dtype)) if _is_shape("parts", part) else _out(part) for part in given["parts"]
+        _zeros(part, _dtype_of("parts", asked.dtype)) if _is_shape("parts", part) else _out(part)
+        for part in given["parts"]
     ]
-    shapes, dtypes = list(_shapes(dict(enumerate(outs))).values()), [str(out.dtype) for out in outs]
-    return [Asked(attention_merge.request(shapes, dtypes, given["out_dtype"] or dtypes[0]))]
+    shapes, dtypes = list(_shapes(dict(enumerate(outs))).values()), [dtype_name(out) for out in outs]
+    return [Asked(placed(attention_merge.request(shapes, dtypes, given["out_dtype"] or dtypes[0]), outs[0]))]
 
 
 def _out(part: Any) -> Any:
@@ -246,7 +292,7 @@ def _shapes(arrays: Mapping[Any, Any]) -> dict[Any, tuple[int, ...]]:
 @dataclass(frozen=True)
 class _Op:
     module: str
-    asked: Callable[[Sequence[Any], Dtypes, dict[str, Any]], list[Asked]]
+    asked: Callable[[Given], list[Asked]]
 
 
 _OPS = {
@@ -264,12 +310,10 @@ _OPS = {
 # Shapes in place of arrays
 
 
-def _bound(
-    function: Callable[..., Any], arrays: Sequence[Any], dtype: Dtypes, options: Mapping[str, Any]
-) -> dict[str, Any]:
+def _bound(function: Callable[..., Any], asked: Given) -> dict[str, Any]:
     """The arguments by name, defaults included, each shape as an array."""
     try:
-        found = inspect.signature(function).bind(*arrays, **options)
+        found = inspect.signature(function).bind(*asked.arrays, **asked.options)
     except TypeError as error:
         raise ArgumentError(f"{function.__name__}: {error}") from error
     found.apply_defaults()
@@ -278,7 +322,7 @@ def _bound(
     listed = any(given.get(name) is not None for name in ("indices", "page_indices"))  # then pages are cut anew
     for name, shape in shapes.items():
         if name not in (*_LENGTHS, *_STARTS, "page_table"):
-            zeros = _zeros(shape, _dtype_of(name, dtype))
+            zeros = _zeros(shape, _dtype_of(name, asked.dtype))
             given[name] = zeros.copy() if listed else zeros
     return given | {name: _shared_out(name, shape, given) for name, shape in shapes.items() if given[name] is shape}
 
@@ -298,8 +342,6 @@ def _dtype_of(name: str, dtype: Dtypes) -> str:
 
 def _zeros(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     """An array of that shape and type without memory of its own."""
-    from headrace.kernels.cpu.arrays import numpy_dtype
-
     return np.broadcast_to(np.zeros((), numpy_dtype(dtype)), shape)
 
 

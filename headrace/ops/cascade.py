@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import Buffer, Fixed, dtype_name, empty_like, is_torch
+from headrace.kernels.arrays import Buffer, Fixed, dtype_name, empty_like, is_torch
 from headrace.machine import Machine, this_machine
 from headrace.ops.attention_merge import merge
 from headrace.ops.attention_options import AttentionResult
@@ -119,6 +119,8 @@ def cascade_of(call: Call, wanted: bool | str) -> Cascade | None:
 def _why_not(call: Call) -> str:
     """Why nothing may be shared, or nothing."""
     options = call.options
+    if call.place[0] != "cpu":
+        return "on a GPU, whose tables are read when the kernel runs"
     if any(isinstance(array, Buffer) for array in call.arrays.values()):
         return "in a program, whose tables are not known yet"
     if options.deterministic:
@@ -177,7 +179,8 @@ def _sharing(call: Call, limits: np.ndarray, machine: Machine) -> Sharing:
 def _compute_seconds(asked: Request, flops: int, machine: Machine) -> float:
     """What that much arithmetic takes the cheapest kernel that can run the request."""
     much, nothing = (replace(asked, traffic=Traffic(0, n, asked.traffic.unit)) for n in (flops, 0))
-    return min(k.cost(much, machine) - k.cost(nothing, machine) for k in kernels() if not k.why_not(asked))
+    able = [kernel for kernel in kernels() if not kernel.why_not(asked)]
+    return min((k.cost(much, machine) - k.cost(nothing, machine) for k in able), default=0.0)
 
 
 def _query_lens(call: Call) -> np.ndarray:

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
+from headrace.kernels.arrays import dtype_name, empty_like, shape_of
 from headrace.kernels.cpu import _native as native
-from headrace.kernels.cpu.arrays import as_tensor, dtype_name, empty_like, runner_of, shape_of
+from headrace.kernels.cpu.arrays import as_tensor, runner_of
 from headrace.kernels.cpu.linear import PackedWeight
 
 

@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headrace.machine import Machine, this_machine
-from headrace.ops.select import Kernel, Reason, Request, cheapest, checked_requirements, reasons_against
+from headrace.gpu_machine import Gpu
+from headrace.machine import Machine
+from headrace.ops.select import Kernel, Reason, Request, cheapest, checked_requirements, machine_of, reasons_against
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,25 @@ class Explanation:
     memory_s: float  # the least time for the bytes
     compute_s: float  # and for the arithmetic
     measured: bool  # whether these come from measured roofs
+    gpu: str = ""  # the product whose roofs these are; empty: this machine's CPU
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain values that JSON can hold."""
         request = self.request
         asked = {"op": request.op, "shapes": _lists(request.shapes), "dtypes": dict(request.dtypes)}
+        asked |= {"device": request.device, "arch": request.arch}
         asked |= {"options": {name: _plain(value) for name, value in request.options.items()}}
         return {
             "request": asked | {"traffic": asdict(request.traffic)},
             "chosen": self.chosen and _candidate_dict(self.chosen),
             "able": [_candidate_dict(candidate) for candidate in self.able],
             "rejected": [{"kernel": rejected.kernel, **asdict(rejected.reason)} for rejected in self.rejected],
-            "roof": {"memory_s": self.memory_s, "compute_s": self.compute_s, "measured": self.measured},
+            "roof": {
+                "memory_s": self.memory_s,
+                "compute_s": self.compute_s,
+                "measured": self.measured,
+                "gpu": self.gpu,
+            },
         }
 
     def __str__(self) -> str:
@@ -97,17 +105,19 @@ class Explanation:
     def _roof_text(self) -> str:
         traffic = self.request.traffic
         which = "measured" if self.measured else "guessed"
-        hint = "" if self.measured else "; `headrace doctor` measures them"
+        command = "headrace bench gpu" if self.gpu else "headrace doctor"
+        hint = "" if self.measured else f"; `{command}` measures them"
+        which += f" roofs of {self.gpu}" if self.gpu else " roofs"
         work = f"{_bytes_text(traffic.num_bytes)}, {traffic.flops / 1e9:.3g} GFLOP {traffic.unit}"
         least = f"at least {_time_text(self.memory_s)} for memory, {_time_text(self.compute_s)} for arithmetic"
-        return f"{work}: {least} ({which} roofs{hint})"
+        return f"{work}: {least} ({which}{hint})"
 
 
 def explain_request(
-    kernels: Sequence[Kernel], request: Request, machine: Machine | None = None, require: Sequence[str] = ()
+    kernels: Sequence[Kernel], request: Request, machine: Machine | Gpu | None = None, require: Sequence[str] = ()
 ) -> Explanation:
     """Why each kernel can or cannot serve the request, and its predicted seconds. Runs nothing."""
-    machine, require = machine or this_machine(), checked_requirements(require)
+    machine, require = machine or machine_of(request), checked_requirements(require)
     reasons = [(kernel, reasons_against(kernel, request, require, machine)) for kernel in kernels]
     able = [_candidate(kernel, request, machine) for kernel, against in reasons if not against]
     if able:
@@ -116,15 +126,16 @@ def explain_request(
     rejected = tuple(Rejection(kernel.name, reason) for kernel, against in reasons for reason in against)
     memory_s, compute_s = _least_seconds(request, machine)
     chosen = able[0] if able else None
-    return Explanation(request, chosen, tuple(able[1:]), rejected, memory_s, compute_s, machine.measured)
+    gpu = machine.name if isinstance(machine, Gpu) else ""
+    return Explanation(request, chosen, tuple(able[1:]), rejected, memory_s, compute_s, machine.measured, gpu)
 
 
-def _least_seconds(request: Request, machine: Machine, unit: str = "") -> tuple[float, float]:
+def _least_seconds(request: Request, machine: Machine | Gpu, unit: str = "") -> tuple[float, float]:
     traffic = request.traffic
     return machine.seconds(traffic.num_bytes, traffic.flops, unit or traffic.unit)
 
 
-def _candidate(kernel: Kernel, request: Request, machine: Machine) -> Candidate:
+def _candidate(kernel: Kernel, request: Request, machine: Machine | Gpu) -> Candidate:
     plan, seconds = kernel.planned(request, machine), kernel.cost(request, machine)
     memory_s, compute_s = _least_seconds(request, machine, plan.arithmetic)
     return Candidate(

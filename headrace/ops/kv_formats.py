@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from headrace.kernels.cpu.arrays import numpy_dtype
+from headrace.kernels.arrays import numpy_dtype
 
 
 @dataclass(frozen=True)

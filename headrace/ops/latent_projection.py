@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import dtype_name, is_torch, numpy_dtype, shape_of
+from headrace.kernels.arrays import dtype_name, is_torch, numpy_dtype, shape_of
 from headrace.ops.attention_checks import check_rank, check_shape
 from headrace.ops.attention_dense import attention
 from headrace.ops.attention_options import AttentionResult, Window

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import dtype_name, shape_of
+from headrace.kernels.arrays import dtype_name, shape_of
 from headrace.kernels.cpu.linear import PackedWeight
 from headrace.ops.formats import FORMATS, dequantize
 from headrace.ops.norm import check_norm

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import dtype_name, shape_of
-from headrace.ops.select import Kernel, Request, Traffic, choose
+from headrace.kernels.arrays import check_same_device, dtype_name, shape_of
+from headrace.ops.late import late
+from headrace.ops.per_isa import per_isa, row_by_row
+from headrace.ops.select import Kernel, Request, Traffic, choose, placed
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -31,7 +33,8 @@ def rms_norm(
     """
     shape = shape_of(x, "x")
     out_dtype = out_dtype or dtype_name(x if out is None else out)
-    asked = request(shape, dtype_name(x), out_dtype)
+    asked = placed(request(shape, dtype_name(x), out_dtype), x)
+    check_same_device({"x": x, "weight": weight} | ({} if out is None else {"out": out}))
     _check(asked, shape_of(weight, "weight"), eps)
     return choose(kernels(), asked, kernel).run(x, weight, float(eps), out, out_dtype)
 
@@ -70,8 +73,5 @@ def check_norm(shape: tuple[int, ...], weight_shape: tuple[int, ...], eps: float
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    """The kernels of this op, imported when first asked for."""
-    from headrace.kernels.cpu import norm
-    from headrace.ops.per_isa import per_isa, row_by_row
-
-    return per_isa(norm.run, plan=row_by_row)
+    """The kernels of this op, imported when first run."""
+    return per_isa(late("headrace.kernels.cpu.norm"), plan=row_by_row)

@@ -31,11 +31,13 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import check_writable, dtype_name, numpy_dtype, shape_of
+from headrace.kernels.arrays import check_same_device, check_writable, dtype_name, numpy_dtype, shape_of
 from headrace.ops import norm
 from headrace.ops.kv_formats import FORMAT_OF_DTYPE, quantize
+from headrace.ops.late import late
+from headrace.ops.per_isa import per_isa
 from headrace.ops.rope import rotate_reference
-from headrace.ops.select import Kernel, Request, Traffic, choose
+from headrace.ops.select import Kernel, Request, Traffic, choose, placed
 from headrace.ops.tracked import mark_changed, needs_torch
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -129,7 +131,8 @@ def run(given: Mapping[str, Any], *, interleaved: bool, eps: float, spread: bool
             check_writable(arrays[name], name)
     if not (math.isfinite(eps) and eps >= 0):
         raise ArgumentError(f"eps: expected a finite number >= 0, got {eps}")
-    asked = request(shapes, {name: dtype_name(array) for name, array in arrays.items()})
+    check_same_device(arrays)
+    asked = placed(request(shapes, {name: dtype_name(array) for name, array in arrays.items()}), arrays["key"])
     choose(kernels(), asked, kernel).run(arrays, bool(interleaved), float(eps), bool(spread))
     return arrays.get("out")
 
@@ -192,8 +195,5 @@ def spread_reference(x: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    """The kernels of this op, imported when first asked for."""
-    from headrace.kernels.cpu import append_pages
-    from headrace.ops.per_isa import per_isa
-
-    return per_isa(append_pages.run)
+    """The kernels of this op, imported when first run."""
+    return per_isa(late("headrace.kernels.cpu.append_pages"))

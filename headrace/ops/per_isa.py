@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from headrace.gpu_machine import Gpu
 from headrace.kernels import cpu
 from headrace.machine import KernelSpeed, Machine
 from headrace.ops.select import Kernel, Plan, Reason, Request
 
 INSTRUCTION_SET = "instruction set"  # the predicate of a missing one
+NATIVE_EXTENSION = "native extension"  # and of an installation without any
+DEVICE = "device"  # and of arrays that lie elsewhere
 CALL_SECONDS = 2e-6
 
 # Of a kernel that was never measured here: the share of the arithmetic roof that its instruction set reaches.
@@ -35,7 +38,7 @@ def cpu_kernel(
     name, lower = f"cpu_{level}", frozenset(cpu.ISAS[: cpu.ISAS.index(level)])
 
     def reasons(request: Request) -> list[Reason]:
-        return ([_missing(level)] if cpu.isa() in lower else []) + list(why_not(request))
+        return ([_missing(level)] if level_in_force() in lower else []) + list(why_not(request))
 
     def cost(request: Request, machine: Machine) -> float:
         planned = plan(request, machine) if plan else None
@@ -44,11 +47,30 @@ def cpu_kernel(
     def run_at_level(*args: Any, **options: Any) -> Any:
         return run(level, *args, **options)
 
-    return Kernel(name, reasons, cost, run_at_level, plan, level)
+    return Kernel(name, native_conditions(reasons), cost, run_at_level, plan, level)
+
+
+def native_conditions(own: Conditions) -> Callable[[Request], list[Reason]]:
+    """A native kernel's own conditions, and those of all: arrays on the CPU, and native code."""
+
+    def reasons(request: Request) -> list[Reason]:
+        if request.device != "cpu":
+            return [Reason(DEVICE, request.device, "cpu", "array.cpu(), or one of the kernels for GPUs")]
+        return ([] if cpu.built() else [_NOT_BUILT]) + list(own(request))
+
+    return reasons
+
+
+_NOT_BUILT = Reason(NATIVE_EXTENSION, "not built", "built", "pip install headrace, from a wheel or with a compiler")
+
+
+def level_in_force() -> str:
+    """The instruction set kernels are chosen at now; empty without native code."""
+    return cpu.isa() if cpu.built() else ""
 
 
 def predicted_seconds(
-    request: Request, machine: Machine, kernel: str, default: KernelSpeed, plan: Plan | None = None
+    request: Request, machine: Machine | Gpu, kernel: str, default: KernelSpeed, plan: Plan | None = None
 ) -> float:
     """What a kernel with that plan takes: by its speed as calibrated on this machine, or by its default."""
     traffic = request.traffic

@@ -19,8 +19,10 @@ import numpy as np
 
 from headrace.config import RopeConfig
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import shape_of
-from headrace.ops.select import Kernel, Request, Traffic, choose
+from headrace.kernels.arrays import check_same_device, shape_of
+from headrace.ops.late import late
+from headrace.ops.per_isa import per_isa
+from headrace.ops.select import Kernel, Request, Traffic, choose, placed
 
 
 def inverse_frequencies(config: RopeConfig, factors: np.ndarray | None = None) -> np.ndarray:
@@ -90,7 +92,8 @@ def rope_table(
     if not math.isfinite(magnitude):
         raise ArgumentError(f"magnitude: expected a finite number, got {magnitude}")
     asked = Request("rope_table", {"positions": shape}, {}, Traffic(8 * shape[0] * pairs[0], 60 * shape[0] * pairs[0]))
-    run = choose(table_kernels(), asked, kernel).run
+    check_same_device({"positions": positions, "inverse_frequencies": inverse_frequencies})
+    run = choose(table_kernels(), placed(asked, positions), kernel).run
     return run(positions, inverse_frequencies, float(magnitude), out)
 
 
@@ -116,7 +119,4 @@ def rotate_reference(x: np.ndarray, table: np.ndarray, interleaved: bool) -> np.
 @functools.cache
 def table_kernels() -> tuple[Kernel, ...]:
     """The kernels of rope_table: one, since it is libm's double precision that counts."""
-    from headrace.kernels.cpu import rope
-    from headrace.ops.per_isa import per_isa
-
-    return per_isa(rope.run_table, ("portable",))
+    return per_isa(late("headrace.kernels.cpu.rope", "run_table"), ("portable",))

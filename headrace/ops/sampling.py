@@ -26,8 +26,10 @@ import numpy as np
 
 from headrace.config import SamplingParams
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import dtype_name, shape_of
-from headrace.ops.select import Kernel, Request, Traffic, choose
+from headrace.kernels.arrays import dtype_name, shape_of
+from headrace.ops.late import late
+from headrace.ops.per_isa import per_isa
+from headrace.ops.select import Kernel, Request, Traffic, choose, placed
 
 TokenIds = Sequence[Sequence[int]]
 FLOPS_PER_LOGIT = 20  # the exponential's
@@ -52,7 +54,7 @@ def sample(
     ArgumentError when a row holds NaN or +inf or nothing above -inf, and for numbers out of range.
     """
     shape = shape_of(logits, "logits")
-    asked = request(shape, dtype_name(logits))
+    asked = placed(request(shape, dtype_name(logits)), logits)
     _check(asked, params=params, seeds=seeds, steps=steps, prompt_ids=prompt_ids, answer_ids=answer_ids)
     counts = token_counts(params, prompt_ids, answer_ids)
     out = np.empty(len(params), np.int32)
@@ -70,7 +72,8 @@ def sample_rows(logits: Any, settings: Sequence[np.ndarray], out: np.ndarray) ->
     settings: as `settings` makes them, read at each run; a row whose step is NOT_DRAWN is left out. What
     `sample` refuses draws NO_TOKEN: one row must not end the step of the others.
     """
-    choose(kernels(), request(shape_of(logits, "logits"), dtype_name(logits))).run(logits, settings, None, out)
+    asked = placed(request(shape_of(logits, "logits"), dtype_name(logits)), logits)
+    choose(kernels(), asked).run(logits, settings, None, out)
 
 
 def settings(params: Sequence[SamplingParams], seeds: Sequence[int], steps: Sequence[int]) -> list[np.ndarray]:
@@ -221,8 +224,5 @@ def _check(asked: Request, **rows: Sequence[Any] | None) -> None:
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    """The kernels of this op, imported when first asked for."""
-    from headrace.kernels.cpu import sampling
-    from headrace.ops.per_isa import per_isa
-
-    return per_isa(sampling.run)
+    """The kernels of this op, imported when first run."""
+    return per_isa(late("headrace.kernels.cpu.sampling"))

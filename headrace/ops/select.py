@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
 from headrace.errors import ArgumentError, KernelError
+from headrace.gpu_machine import Gpu, gpu_of
+from headrace.kernels.arrays import arch_of, device_of
 from headrace.machine import Machine, this_machine
 
 
@@ -50,6 +52,24 @@ class Request:
     dtypes: Mapping[str, str]
     traffic: Traffic
     options: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"  # or "cuda", "hip": where its arrays lie
+    arch: str = ""  # the GPU's generation: "sm_90", "gfx942"
+
+
+def placed(request: Request, array: Any) -> Request:
+    """The request of arrays that lie where this one does."""
+    device = device_of(array)
+    return request if device == "cpu" else replace(request, device=device, arch=arch_of(array))
+
+
+def machine_of(request: Request) -> Machine | Gpu:
+    """What prices a request: this machine's CPU, or a GPU of the request's generation."""
+    return machine_at(request.device, request.arch)
+
+
+def machine_at(device: str, arch: str) -> Machine | Gpu:
+    """The CPU of this machine, or a GPU of that generation."""
+    return this_machine() if device == "cpu" else gpu_of(arch)
 
 
 @dataclass(frozen=True)
@@ -71,16 +91,20 @@ class Plan:
 
 @dataclass(frozen=True)
 class Kernel:
-    """One way to compute an op. `run` takes the op's own arguments; `plan` is None where there is nothing to plan."""
+    """One way to compute an op. `run` takes the op's own arguments; `plan` is None where there is nothing to plan.
+
+    cost and plan take the machine that holds the request's arrays: a Machine, or of kernels of a GPU a Gpu.
+    """
 
     name: str
     why_not: Callable[[Request], list[Reason]]
-    cost: Callable[[Request, Machine], float]
+    cost: Callable[[Request, Any], float]
     run: Callable[..., Any]
-    plan: Callable[[Request, Machine], Plan] | None = None
+    plan: Callable[[Request, Any], Plan] | None = None
     isa: str = ""  # the instruction set or GPU generation it is written for
+    devices: tuple[str, ...] = ("cpu",)  # whose arrays it takes
 
-    def planned(self, request: Request, machine: Machine) -> Plan:
+    def planned(self, request: Request, machine: Machine | Gpu) -> Plan:
         """How it would serve the request."""
         return self.plan(request, machine) if self.plan else Plan(workers=machine.cores)
 
@@ -96,7 +120,11 @@ class Requirement:
 
 def _inexact(kernel: Kernel, plan: Plan, request: Request) -> str:
     arithmetic = plan.arithmetic or request.traffic.unit
-    return "" if arithmetic in ("fp32", "fp64") else f"{arithmetic} arithmetic"
+    return "" if arithmetic in EXACT else f"{arithmetic} arithmetic"
+
+
+# tf32x3: three products of tf32 parts, whose error is that of float32.
+EXACT = ("fp32", "fp64", "tf32x3")
 
 
 REQUIREMENTS: Mapping[str, Requirement] = {
@@ -125,12 +153,12 @@ REQUIREMENTS: Mapping[str, Requirement] = {
 
 
 def reasons_against(
-    kernel: Kernel, request: Request, require: Sequence[str] = (), machine: Machine | None = None
+    kernel: Kernel, request: Request, require: Sequence[str] = (), machine: Machine | Gpu | None = None
 ) -> list[Reason]:
     """The kernel's own reasons, and one for each requirement that its plan does not meet."""
     reasons = list(kernel.why_not(request))
     if require and not reasons:
-        plan = kernel.planned(request, machine or this_machine())
+        plan = kernel.planned(request, machine or machine_of(request))
         for name in require:
             wanted = REQUIREMENTS[name]
             if lacking := wanted.lacking(kernel, plan, request):
@@ -144,7 +172,7 @@ def choose(kernels: Sequence[Kernel], request: Request, name: str | None = None,
     require: names out of REQUIREMENTS. Raises KernelError with the whole explanation when there is no such kernel.
     """
     require = checked_requirements(require)
-    machine = this_machine()
+    machine = machine_of(request)
     able = [
         kernel
         for kernel in kernels

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import Buffer, Fixed, is_torch
+from headrace.kernels.arrays import Buffer, Fixed, is_torch
 from headrace.ops.attention_checks import check_int32
 from headrace.ops.attention_request import Call
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from headrace.kernels.cpu.arrays import is_torch
+from headrace.kernels.arrays import is_torch
 
 
 def needs_torch(*arrays: Any) -> bool:

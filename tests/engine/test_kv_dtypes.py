@@ -14,7 +14,7 @@ from headrace.check.fakes import NaiveDecoder, TinyModel, write_tiny_model
 from headrace.config import KV_DTYPES
 from headrace.errors import ArgumentError
 from headrace.kernels import cpu
-from headrace.kernels.cpu.arrays import Fixed
+from headrace.kernels.arrays import Fixed
 from headrace.kv_cache.pages import pages_needed
 
 PROMPT = [int(i) for i in np.random.default_rng(3).integers(0, 300, 37)]

@@ -26,7 +26,7 @@ from headrace.ops import attention
 from headrace.ops import attention_gradients as op
 from headrace.ops.attention_formula import position_bias
 
-KERNELS = [kernel.name for kernel in op.kernels() if kernel.name != "cpu_float64"]
+KERNELS = [kernel.name for kernel in op.kernels() if kernel.name != "cpu_float64" and "cpu" in kernel.devices]
 CASES = {case.name: case for case in GRADIENTS}
 SMALL = ragged("small", (20, 1, 70), (20, 90, 70), softcap=9.0, sinks=True, **heads(6, 2, 33, 31))
 LONG = ragged("long", (400, 3, 90), (400, 40, 300), **heads(4, 2, 33))

@@ -9,12 +9,13 @@ from headrace.check.attention_cases import heads, paged
 from headrace.check.attention_expected import assert_close, prepared
 from headrace.check.compare import assert_within_budget, poisoned, rounded
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu.arrays import Fixed, as_tensor
+from headrace.kernels.arrays import Fixed
+from headrace.kernels.cpu.arrays import as_tensor
 from headrace.machine import this_machine
 from headrace.ops import attention_latent as op
 from headrace.ops import choices, latent_projection, reset_choices
 
-KERNELS = [kernel.name for kernel in op.kernels()]
+KERNELS = [kernel.name for kernel in op.kernels() if "cpu" in kernel.devices]
 TYPES = [("float32", "float32"), ("float32", "float16"), ("bfloat16", "bfloat16"), ("float64", "float64")]
 CASES = (
     paged("deepseek_decode", (1, 1), (150, 70), **heads(16, 1, 576, 512), page_size=64),

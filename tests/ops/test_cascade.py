@@ -12,8 +12,9 @@ from headrace.check.attention_batch import attention_batch, reference, straightf
 from headrace.check.attention_cases import heads, paged
 from headrace.check.attention_expected import assert_close, computed, prepared
 from headrace.errors import ArgumentError
+from headrace.kernels.arrays import Buffer
 from headrace.kernels.cpu import _native as native
-from headrace.kernels.cpu.arrays import Buffer, as_tensor
+from headrace.kernels.cpu.arrays import as_tensor
 from headrace.machine import Machine
 from headrace.ops import cascade, choices, reset_choices
 from headrace.ops.attention_latent import mla_attention

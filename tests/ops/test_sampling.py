@@ -14,7 +14,8 @@ from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu.arrays import as_tensor
 from headrace.ops import sampling
 
-KERNELS = pytest.mark.parametrize("kernel", [kernel.name for kernel in sampling.kernels()])
+CPU_KERNELS = [kernel.name for kernel in sampling.kernels() if "cpu" in kernel.devices]
+KERNELS = pytest.mark.parametrize("kernel", CPU_KERNELS)
 DRAWS = 64
 
 

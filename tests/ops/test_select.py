@@ -88,7 +88,7 @@ def test_the_dictionary_survives_json_and_holds_everything() -> None:
         }
     ]
     assert found["request"]["shapes"] == {"x": [2, 3]} and found["request"]["options"]["causal"] is True
-    assert found["roof"] == {"memory_s": 1e-3, "compute_s": 5e-4, "measured": False}
+    assert found["roof"] == {"memory_s": 1e-3, "compute_s": 5e-4, "measured": False, "gpu": ""}
     assert json.loads(json.dumps(explain_request((UNABLE,), REQUEST, MACHINE).as_dict()))["chosen"] is None
 
 

@@ -11,8 +11,9 @@ from headrace.check.attention_batch import attention_batch, reference, straightf
 from headrace.check.attention_cases import AttentionCase, heads, paged
 from headrace.check.attention_expected import assert_close
 from headrace.errors import ArgumentError
+from headrace.kernels.arrays import Buffer, Fixed
 from headrace.kernels.cpu import _native as native
-from headrace.kernels.cpu.arrays import Buffer, Fixed, as_tensor
+from headrace.kernels.cpu.arrays import as_tensor
 from headrace.ops import sparse
 from headrace.ops.attention_formula import visible
 from headrace.ops.attention_latent import mla_attention

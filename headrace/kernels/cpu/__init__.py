@@ -1,29 +1,47 @@
-"""Native kernels for the CPU: the instruction set in force, the pool that runs them, the border to arrays."""
+"""Native kernels for the CPU: the instruction set in force, the pool that runs them, whether they are built at all.
+
+The extension `_native` is imported when it is first needed: on a machine with a GPU headrace.ops works without it.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from headrace.errors import ArgumentError
-from headrace.kernels.cpu import _native as native
-from headrace.kernels.cpu.nodes import make_pool
+
+if TYPE_CHECKING:
+    from headrace.kernels.cpu import _native as native
 
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 
-_BEST = ISAS.index(native.best_isa())
 _limits = [ISAS.index("amx")]  # a stack: the last one is in force
+
+
+@functools.cache
+def built() -> bool:
+    """Whether this installation has the native extension."""
+    return importlib.util.find_spec(f"{__name__}._native") is not None
+
+
+@functools.cache
+def _best() -> int:
+    from headrace.kernels.cpu import _native as native
+
+    return ISAS.index(native.best_isa())
 
 
 def best_isa() -> str:
     """The highest level this CPU can run, whatever the limit."""
-    return ISAS[_BEST]
+    return ISAS[_best()]
 
 
 def isa() -> str:
     """The level kernels are chosen at now: the CPU's best, or the limit set by `limit_isa`."""
-    return ISAS[min(_BEST, _limits[-1])]
+    return ISAS[min(_best(), _limits[-1])]
 
 
 class limit_isa:
@@ -49,6 +67,8 @@ class limit_isa:
 @functools.cache
 def default_pool() -> native.Pool:
     """The pool of calls that bring none: one thread per usable core. Made on first use, and anew after a fork."""
+    from headrace.kernels.cpu.nodes import make_pool
+
     return make_pool()
 
 

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from headrace.kernels import cpu
+from headrace.kernels.arrays import empty_like
 from headrace.kernels.cpu import _native as native
-from headrace.kernels.cpu.arrays import as_tensor, empty_like, runner_of
+from headrace.kernels.cpu.arrays import as_tensor, runner_of
 
 PackedWeight = native.PackedWeight
 LEVELS = ("portable", "avx2", "avx512", "amx")  # that have code of their own

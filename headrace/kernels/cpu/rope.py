@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from headrace.kernels.arrays import empty_like
 from headrace.kernels.cpu import _native as native
-from headrace.kernels.cpu.arrays import as_tensor, empty_like, runner_of
+from headrace.kernels.cpu.arrays import as_tensor, runner_of
 
 
 def run_table(level: str, positions: Any, inverse_frequencies: Any, magnitude: float, out: Any) -> Any:

@@ -1,0 +1,127 @@
+"""What every kernel of a GPU says of itself: where it runs, what it needs, its plan and its cost.
+
+A kernel is a module of kernels/triton, kernels/gluon or kernels/torch, imported when it is first run: listing and
+explaining kernels needs neither torch nor Triton nor a GPU. With TRITON_INTERPRET=1 Triton's kernels, and torch's own,
+take arrays of the CPU as well, where their arithmetic is tested: never chosen, for it takes seconds, but run by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+
+from headrace.gpu_machine import LAUNCH_SECONDS, Gpu, gpu_of
+from headrace.machine import KernelSpeed, Machine
+from headrace.ops.late import late
+from headrace.ops.per_isa import DEVICE, predicted_seconds
+from headrace.ops.select import Kernel, Plan, Reason, Request
+
+LIBRARY = "library"  # the predicate of a missing one
+GENERATION = "GPU generation"  # and of another GPU
+
+# Of a kernel that was never measured: shares of the roofs of arithmetic and of copying.
+DEFAULT_SPEED = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.6, read=0.85)
+# NumPy in the place of a GPU: longer than anything that a kernel of the CPU takes.
+_INTERPRETER_SECONDS = 1e6
+_OLDEST = 80  # compute capability of all kernels here: bfloat16 products
+
+Conditions = Callable[[Request], Sequence[Reason]]
+Planner = Callable[[Request, Gpu], Plan]
+
+
+def gpu_kernel(
+    name: str,
+    module: str,
+    why_not: Conditions,
+    plan: Planner | None = None,
+    *,
+    arches: tuple[str, ...] | None = None,
+    function: str = "run",
+    speed: KernelSpeed = DEFAULT_SPEED,
+) -> Kernel:
+    """The kernel of that module. `why_not`: its own conditions; arches: beginnings of the generations it is for."""
+    libraries = ("torch",) if module.startswith("headrace.kernels.torch.") else ("torch", "triton")
+
+    def reasons(request: Request) -> list[Reason]:
+        elsewhere = why_not_there(request, arches)
+        return elsewhere or why_not_installed(libraries) + list(why_not(request))
+
+    def planned(request: Request, machine: Machine | Gpu) -> Plan:
+        return (plan or gpu_plan)(request, _as_gpu(machine))
+
+    def cost(request: Request, machine: Machine | Gpu) -> float:
+        gpu = _as_gpu(machine)
+        seconds = predicted_seconds(request, gpu, name, speed, planned(request, gpu))
+        return seconds if request.device != "cpu" else _INTERPRETER_SECONDS + seconds
+
+    generation = arches[0] if arches else "gpu"
+    return Kernel(name, reasons, cost, late(module, function), planned, generation, ("cuda", "hip"))
+
+
+def _as_gpu(machine: Machine | Gpu) -> Gpu:
+    """In the interpreter the GPU is the one that stands for the usual generation."""
+    return machine if isinstance(machine, Gpu) else gpu_of("sm_90")
+
+
+# Where it runs
+
+
+def why_not_there(request: Request, arches: tuple[str, ...] | None) -> list[Reason]:
+    """Why no kernel for these generations can run where the arrays are."""
+    interpreted = request.device == "cpu" and arches is None and interpreter_asked()
+    if request.device not in ("cuda", "hip") and not interpreted:
+        return [Reason(DEVICE, request.device, "cuda or hip", "array.cuda(), or one of the kernels for the CPU")]
+    if arches is not None and not request.arch.startswith(arches):
+        return [Reason(GENERATION, request.arch, " or ".join(arches), "a GPU of it, or one of the portable kernels")]
+    if _too_old(request.arch):
+        return [Reason(GENERATION, request.arch, f"sm_{_OLDEST} or newer", "an NVIDIA GPU of 2020 or later")]
+    return []
+
+
+def why_not_installed(libraries: Sequence[str]) -> list[Reason]:
+    """The first of these libraries that is missing."""
+    missing = [library for library in libraries if not _installed(library)]
+    return [Reason(LIBRARY, f"no {name}", name, "pip install 'headrace[torch]'") for name in missing[:1]]
+
+
+def interpreter_asked() -> bool:
+    """Whether Triton is told to run its kernels in NumPy."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _installed(library: str) -> bool:
+    return importlib.util.find_spec(library) is not None
+
+
+def _too_old(arch: str) -> bool:
+    number = arch.removeprefix("sm_").rstrip("af")
+    return arch.startswith("sm_") and number.isdigit() and int(number) < _OLDEST
+
+
+# What it does by default
+
+
+def gpu_plan(request: Request, gpu: Gpu) -> Plan:
+    """All multiprocessors, in the arithmetic that the types and the precision of the call ask for."""
+    asked = request.options
+    # Ops without a precision have no products: their arithmetic is what the request says.
+    arithmetic = arithmetic_of(request.dtypes, asked["precision"], request.device) if "precision" in asked else ""
+    invariant = bool(asked.get("deterministic"))
+    return Plan(workers=gpu.multiprocessors, arithmetic=arithmetic, batch_invariant=invariant)
+
+
+def arithmetic_of(dtypes: Mapping[str, str], precision: str, device: str) -> str:
+    """What products are computed in on a GPU, by the type of the query (or x).
+
+    16-bit types are multiplied as they are, their sums float32. float32 stays float32: on NVIDIA's tensor cores by
+    three products of tf32 parts, elsewhere as it is; "fast" is one product, of tf32 or of bfloat16 parts.
+    """
+    own = dtypes.get("query", dtypes.get("x", "float32"))
+    if own in ("bfloat16", "float16", "float64"):
+        return {"bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}[own]
+    if precision == "fast":
+        return "bf16" if device == "hip" else "tf32"
+    return "tf32x3" if device == "cuda" else "fp32"
