@@ -78,7 +78,7 @@ def _load(host: Host, options: ServingOptions, show: Show, progress: ProgressLin
     if not figures.whole:
         raise HeadraceError(f"no request was answered to its end: {figures.errors}")
     show(figures.text())
-    readings = [read_metrics(mark.metrics, mark.at_s) for mark in run.marks]
+    readings = [read_metrics(mark) for mark in run.marks]
     parts = StepParts.between(*readings) if len(readings) == 2 and all(readings) else None  # type: ignore[arg-type]
     if parts is not None:
         show(str(parts))

@@ -72,22 +72,15 @@ class Outcome:
         return self.answer.error
 
 
-@dataclass(frozen=True)
-class Mark:
-    """The server's metrics at some moment."""
-
-    at_s: float
-    metrics: str
-
-
 @dataclass
 class Run:
-    """A load that has run. marks: when all clients' answers had begun, and when the first of those ended."""
+    """A load that has run. marks: the server's metrics when all clients' answers had begun, and when the first of those
+    ended."""
 
     outcomes: list[Outcome]
     wall_s: float
     cpu_s: float  # of the client
-    marks: list[Mark] = field(default_factory=list)
+    marks: list[str] = field(default_factory=list)
 
 
 class Exchange(asyncio.Protocol):
@@ -126,7 +119,7 @@ class Load:
         self._context = ssl.create_default_context() if target.tls else None
         self._answering, self._most = 0, 0
         self.start_s = 0.0  # the zero of its times, on the clock of `perf_counter`
-        self._fetches: list[asyncio.Task[Mark]] = []
+        self._fetches: list[asyncio.Task[str]] = []
 
     async def run(self, asked: Sequence[Asked], concurrency: int) -> Run:
         """Sends all of them: those that are due then, the others by so many clients."""
@@ -195,11 +188,10 @@ class Load:
         if len(self._fetches) == 1:
             self._fetches.append(asyncio.get_running_loop().create_task(self._mark()))
 
-    async def _mark(self) -> Mark:
+    async def _mark(self) -> str:
         exchange = Exchange(self._target.get(_METRICS), 0, lambda: None)
         await self._send(exchange)
-        at = exchange.pieces[-1][0] if exchange.pieces else perf_counter()
-        return Mark(at - self.start_s, read_answer(exchange.pieces, self.start_s, "").body)
+        return read_answer(exchange.pieces, self.start_s, "").body
 
 
 def main() -> None:
@@ -222,7 +214,7 @@ def main() -> None:
 def run_of(data: dict[str, Any]) -> Run:
     """A Run of what the process printed."""
     outcomes = [Outcome(**{**each, "answer": Answer(**each["answer"])}) for each in data["outcomes"]]
-    return Run(outcomes, data["wall_s"], data["cpu_s"], [Mark(**mark) for mark in data["marks"]])
+    return Run(outcomes, data["wall_s"], data["cpu_s"], data["marks"])
 
 
 def _event_loop() -> Callable[[Coroutine[Any, Any, Run]], Run]:

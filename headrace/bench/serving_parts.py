@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # The server's metrics, by what they are here.
 _METRICS = {
+    "at_s": "headrace:clock_seconds",
     "steps": "headrace:engine_steps_total",
     "step_s": "headrace:engine_step_seconds_total",
     "native_s": "headrace:engine_native_seconds_total",
@@ -80,13 +81,13 @@ class StepParts:
         )
 
 
-def read_metrics(text: str, at_s: float) -> Reading | None:
+def read_metrics(text: str) -> Reading | None:
     """A Reading of a server's metrics; None where it is not headrace's, or another version's."""
     values = _values(text)
     if not all(name in values for name in _METRICS.values()):
         return None
     found = {field: values[name] for field, name in _METRICS.items()}
-    return Reading(at_s, int(found["steps"]), found["step_s"], found["native_s"], found["loop_s"])
+    return Reading(found["at_s"], int(found["steps"]), found["step_s"], found["native_s"], found["loop_s"])
 
 
 def _values(text: str) -> dict[str, float]:

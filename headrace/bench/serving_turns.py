@@ -132,7 +132,7 @@ class Turns:
         figures = Figures(run, self.options.slo_ttft_ms / 1e3, self.options.slo_tpot_ms / 1e3)
         if figures.errors or figures.tokens_out != streams * self.options.answer_len:
             raise HeadraceError(f"the server gave {figures.tokens_out} tokens, {figures.errors}: no speed is printed")
-        readings = [read_metrics(mark.metrics, mark.at_s) for mark in run.marks]
+        readings = [read_metrics(mark) for mark in run.marks]
         first, last = readings if len(readings) == 2 else (None, None)
         parts = StepParts.between(first, last) if first and last else None
         return Sample(figures.duration_s, figures.tokens_out, figures.steady_tokens_per_s, parts)

@@ -186,7 +186,7 @@ class Scheduler:
         pages = [node.page for node in match.nodes]
         self._pool.share(pages)
         needed = pages_needed(len(request.ids) + 1, self._page_size) - len(pages)
-        if self._promised + needed > self._pool.num_free + self._prefixes.num_evictable:
+        if self._promised + needed > self._pool.num_free + self._pool.num_spare:
             self._pool.free(pages)
             return False
         sequence = request.sequence

@@ -2,8 +2,8 @@
 
 A tree of pages: a node is a page's tokens behind those of its parent, so the path from the root spells a text from its
 first token. Full pages are found by their tokens, one lookup per page. The page where two texts part can be copied up
-to there: `Match.tail`. The cache is one owner of each of its pages; the page pool counts the others, and only pages
-without others are ever given up, the ones unused for longest first, ends before beginnings.
+to there: `Match.tail`. The cache is the keeper of each of its pages; the page pool counts the other owners, and only
+pages without others are ever given up, the ones unused for longest first, ends before beginnings.
 
 A page in the tree may still be written by the request that fills it, but only behind the tokens its node has.
 """
@@ -55,11 +55,6 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._by_use)
 
-    @property
-    def num_evictable(self) -> int:
-        """Pages that nobody but the cache holds."""
-        return sum(self._pool.owners(page) == 1 for page in self._holders)
-
     def match(self, ids: Sequence[int]) -> Match:
         """The longest beginning of `ids` that is held. Share its pages before anything is evicted."""
         node, nodes = self.root, list[Node]()
@@ -91,7 +86,7 @@ class PrefixCache:
             node.ids = key
             siblings[key] = node
         elif node is None:
-            self._pool.share([page])
+            self._pool.keep(page)
             node = siblings[key] = self._holders[page] = Node(key, page, parent)
         self._touch(node)
         return node

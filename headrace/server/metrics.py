@@ -68,7 +68,7 @@ class _Gauges:
             engine, name = model.llm.worker.engine, [model.name]
             running.add_metric(name, len(engine.scheduler.running))
             waiting.add_metric(name, max(0, model.llm.num_requests - len(engine.scheduler.running)))
-            held = engine.pool.num_pages - engine.pool.num_free - engine.prefixes.num_evictable
+            held = engine.pool.num_pages - engine.pool.num_free - engine.pool.num_spare
             used.add_metric(name, max(0.0, held / engine.pool.num_pages))
             preempted.add_metric(name, engine.scheduler.num_preemptions)
         yield from (running, waiting, used, preempted)
@@ -86,4 +86,5 @@ class _Gauges:
                 whole.add_metric(name, engine.busy_s)
                 native.add_metric(name, engine.runner.native_s)
         loop = CounterMetricFamily("headrace:event_loop_cpu_seconds", "CPU of text and HTTP.", value=time.thread_time())
-        yield from (steps, whole, native, loop)
+        clock = GaugeMetricFamily("headrace:clock_seconds", "The server's clock now.", value=time.perf_counter())
+        yield from (steps, whole, native, loop, clock)

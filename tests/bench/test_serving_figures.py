@@ -83,12 +83,13 @@ headrace:engine_steps_total{model_name="b"} 5.0
 headrace:engine_step_seconds_total{model_name="a"} 0.5
 headrace:engine_native_seconds_total{model_name="a"} 0.25
 headrace:event_loop_cpu_seconds_total 0.125
+headrace:clock_seconds 3.0
 """
 
 
 def test_readings_are_taken_from_metrics() -> None:
-    assert read_metrics(METRICS, 3.0) == Reading(3.0, 15, 0.5, 0.25, 0.125)
-    assert read_metrics(METRICS.replace("headrace", "vllm"), 3.0) is None
+    assert read_metrics(METRICS) == Reading(3.0, 15, 0.5, 0.25, 0.125)
+    assert read_metrics(METRICS.replace("headrace", "vllm")) is None
 
 
 def test_a_step_is_made_of_its_parts() -> None:

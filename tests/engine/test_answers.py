@@ -53,7 +53,7 @@ def test_the_best_are_the_likeliest(tiny: Open) -> None:
     ranked = sorted(everything, key=lambda choice: -mean_logprob(choice.logprobs or []))
     assert [choice.token_ids for choice in completion.choices] == [choice.token_ids for choice in ranked[:2]]
     assert completion.logprobs is None and completion.token_ids == ranked[0].token_ids
-    assert llm.engine.prefixes.num_evictable == len(llm.engine.prefixes)
+    assert llm.engine.pool.num_spare == len(llm.engine.prefixes)
 
 
 def test_prompt_logprobs_are_computed_once(tiny: Open) -> None:

@@ -12,11 +12,12 @@ from headrace.kv_cache.pages import PagePool, pages_needed
 
 
 class Owners(RuleBasedStateMachine):
-    """Holders that allocate, share and free; the model is the plain list of who holds what."""
+    """Holders that allocate, share and free, and a keeper; the model is the plain list of who holds what."""
 
     @initialize(num_pages=st.integers(1, 24))
     def start(self, num_pages):
-        self.pool, self.held, self.num_pages = PagePool(num_pages), [], num_pages
+        self.pool, self.num_pages = PagePool(num_pages), num_pages
+        self.held, self.kept = [], set()
 
     @rule(count=st.integers(0, 26))
     def allocate(self, count):
@@ -44,24 +45,43 @@ class Owners(RuleBasedStateMachine):
             before = self.in_use() | set(pages)
             assert self.pool.free(pages) == len(before - self.in_use())
 
+    @rule(data=st.data())
+    def keep(self, data):
+        if pages := sorted(self.held_now() - self.kept):
+            page = data.draw(st.sampled_from(pages))
+            self.pool.keep(page)
+            self.kept.add(page)
+
+    @rule(data=st.data())
+    def the_keeper_gives_up(self, data):
+        if spare := sorted(self.kept - self.held_now()):
+            page = data.draw(st.sampled_from(spare))
+            self.kept.remove(page)
+            assert self.pool.free([page]) == 1
+
     @invariant()
     def every_page_is_free_or_counted(self):
         if not hasattr(self, "pool"):
             return
-        expected = Counter(page for pages in self.held for page in pages)
+        expected = Counter(page for pages in self.held for page in pages) + Counter(self.kept)
         assert [self.pool.owners(page) for page in range(self.num_pages)] == [
             expected[p] for p in range(self.num_pages)
         ]
         assert self.pool.num_free == self.num_pages - len(expected)
+        assert self.pool.num_spare == len(self.kept - self.held_now())
+
+    def held_now(self):
+        return {page for pages in self.held for page in pages}
 
     def in_use(self):
-        return {page for pages in self.held for page in pages}
+        return self.held_now() | self.kept
 
     def teardown(self):
         for pages in getattr(self, "held", []):
             self.pool.free(pages)
         if hasattr(self, "pool"):
-            assert self.pool.num_free == self.num_pages
+            self.pool.free(self.kept)
+            assert self.pool.num_spare == 0 and self.pool.num_free == self.num_pages
             assert sorted(self.pool.allocate(self.num_pages)) == list(range(self.num_pages))
 
 

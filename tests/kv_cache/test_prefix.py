@@ -66,7 +66,7 @@ def test_pages_of_others_stay() -> None:
     cache = PrefixCache(pool, SIZE)
     nodes = hold(pool, cache, [1] * 12)
     pool.share([node.page for node in nodes[:2]])
-    assert cache.num_evictable == 1 and cache.evict(3) == 1 and len(cache) == 2
+    assert pool.num_spare == 1 and cache.evict(3) == 1 and len(cache) == 2
 
 
 def test_a_lookup_among_thousands_of_ends_looks_at_few() -> None:
@@ -95,6 +95,6 @@ def test_a_match_is_as_long_as_any_held_text_allows(steps: list[tuple[list[int],
         hold(pool, cache, ids)
         held.append(ids)
         cache.evict(evicted)
-        assert pool.num_free + len(cache) == 200 and cache.num_evictable == len(cache)
+        assert pool.num_free + len(cache) == 200 and pool.num_spare == len(cache)
     cache.clear()
     assert pool.num_free == 200 and not cache.root.children
