@@ -113,7 +113,8 @@ class Engine:
         """Computes the next step; the requests that got a token from it, or an error; some of them finished now."""
         started = perf_counter()
         self.guesser.prepare(self.scheduler.running, self._pace)
-        parts = self.scheduler.plan(self._pace.prompt_tokens(len(self.scheduler.running)))
+        answering = sum(request.pending_len == 1 for request in self.scheduler.running)
+        parts = self.scheduler.plan(self._pace.prompt_tokens(answering))
         if not parts:
             return []
         rows = [row for part in parts for row in _rows(part)]

@@ -44,16 +44,19 @@ class Pace:
 
     def prompt_tokens(self, answers: int) -> int:
         """Tokens of prompts for a step with so many answers; a quarter as many as these at least, so that prompts get
-        on. None now and then: the step then tells what answers take alone."""
+        on. None now and then, and where so many answers are new: the step then tells what they take alone."""
         alone, least = self.step_s(answers), max(answers // 4, 1)
         if alone is None or not self._token_s:
             return max(_FIRST_TOKENS, least)
-        if self._steps >= _MOST_STEPS:
+        if self._steps >= _MOST_STEPS or not self._is_known(answers):
             return 0
         token_s, most = median(self._token_s), max(int(2 * self._tried), least)
         if token_s <= 0:
             return most
         return min(max(int((_MOST_SLOWDOWN - 1) * alone / token_s), least), most)
+
+    def _is_known(self, answers: int) -> bool:
+        return any(abs(count - answers) <= answers // 8 for count in self._alone_s)
 
     def step_s(self, answers: int) -> float | None:
         """Seconds of a step of answers alone, by the nearest number of them that was measured."""

@@ -98,6 +98,15 @@ def beside_others(seed: int) -> list[tuple[int, float]]:
     return steps
 
 
+def test_as_many_answers_as_never_before_take_a_step_alone_first() -> None:
+    pace = Pace()
+    pace.observe(16, 0, 1.0)
+    pace.observe(16, 10, 1.1)
+    assert pace.prompt_tokens(18) > 0 == pace.prompt_tokens(5)
+    pace.observe(5, 0, 0.5)
+    assert pace.prompt_tokens(5) == 20
+
+
 def test_a_slow_moment_changes_nothing() -> None:
     pace = Pace()
     for _ in range(9):
