@@ -8,14 +8,30 @@ tested where there is no GPU.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+def _indexed(patch: Callable[..., None]) -> Callable[..., None]:
+    """Scalars of the interpreter as bounds of loops: they are arrays of one element, which NumPy 2.4 takes no more."""
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    return patched
+
+
+if INTERPRETED:
+    interpreter._patch_lang_tensor = _indexed(interpreter._patch_lang_tensor)
 
 
 @triton.jit
