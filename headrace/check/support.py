@@ -154,8 +154,8 @@ FEATURES: dict[str, tuple[Asked, tuple[str, ...]]] = {
 
 
 def kernel_names() -> list[str]:
-    """The columns: every kernel of attention."""
-    return [kernel.name for kernel in kernels_of("attention")]
+    """The columns: every kernel of attention that is ours."""
+    return [kernel.name for kernel in kernels_of("attention") if not kernel.name.startswith("torch_")]
 
 
 @dataclass(frozen=True)

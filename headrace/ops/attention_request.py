@@ -289,8 +289,13 @@ def _plan_of(arithmetic: str, cores: int, invariant: bool, mask_text: str | None
 
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
-    """The kernels of dense, ragged and paged attention, imported when first run."""
-    return kernels_over(late("headrace.kernels.cpu.attention"))
+    """The kernels of dense, ragged and paged attention, those of GPUs first, imported when first run."""
+    from headrace.ops import gpu_torch
+
+    return (
+        *gpu_torch.kernels(),
+        *kernels_over(late("headrace.kernels.cpu.attention")),
+    )
 
 
 def kernels_over(run: Callable[..., None]) -> tuple[Kernel, ...]:

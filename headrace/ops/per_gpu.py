@@ -24,7 +24,7 @@ GENERATION = "GPU generation"  # and of another GPU
 # Of a kernel that was never measured: shares of the roofs of arithmetic and of copying.
 DEFAULT_SPEED = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.6, read=0.85)
 # NumPy in the place of a GPU: longer than anything that a kernel of the CPU takes.
-_INTERPRETER_SECONDS = 1e6
+_INTERPRETER_SECONDS = 1e15
 _OLDEST = 80  # compute capability of all kernels here: bfloat16 products
 
 Conditions = Callable[[Request], Sequence[Reason]]
