@@ -16,8 +16,9 @@ from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
+from headrace.bench.asked_process import module_command
 from headrace.bench.engines import READ, Field
-from headrace.bench.peer_process import PeerFailed, PeerProcess, module_command
+from headrace.bench.peer_process import PeerFailed, PeerProcess
 from headrace.bench.peers import KINDS
 from headrace.bench.timing import Spread
 from headrace.bench.versus_cases import Case

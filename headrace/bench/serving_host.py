@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from headrace.bench.peer_process import module_command
+from headrace.bench.asked_process import module_command
 from headrace.bench.serving_client import Run, Target, run_of
 from headrace.bench.serving_load import Sent, ServingOptions, body_of
 from headrace.errors import ArgumentError, HeadraceError

@@ -17,7 +17,7 @@ from scripted_llm import ScriptedServer
 from starlette.testclient import TestClient
 
 from headrace import AsyncLLM
-from headrace.bench.peer_process import module_command
+from headrace.bench.asked_process import module_command
 from headrace.check.fakes import TinyModel, write_tiny_model
 from headrace.server.app import create_app
 from headrace.server.settings import ServerSettings
