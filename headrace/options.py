@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
@@ -180,6 +180,14 @@ def _option(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
+_NAMES_SHOWN = 24  # in an error that lists what there is
+
+Model = Annotated[str, typer.Option("-m", "--model", help="A known name, a file, hf:... or pypi:...")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+Threads = Annotated[int | None, typer.Option(help=HELP["threads"])]
+KVDtype = Annotated[str, typer.Option("--kv-dtype", help=HELP["kv_dtype"])]
+
+
 def numbers(option: str, text: str, example: str) -> tuple[int, ...]:
     """The whole numbers of a list with commas, which is what `option` was given."""
     try:
@@ -193,3 +201,13 @@ def numbers(option: str, text: str, example: str) -> tuple[int, ...]:
 def words(text: str) -> tuple[str, ...]:
     """The words of a list with commas."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def begun_with(option: str, asked: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The names that begin with one of those that `option` was given; all when it was not. ArgumentError for one that
+    fits nothing."""
+    for beginning in asked:
+        if not any(name.startswith(beginning) for name in names):
+            few = [*names[:_NAMES_SHOWN], "..."] if len(names) > _NAMES_SHOWN else names
+            raise ArgumentError(f"{option}: expected some of {', '.join(few)}, got {beginning!r}")
+    return {name for name in names if not asked or name.startswith(tuple(asked))}

@@ -18,12 +18,23 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests on the GPU run when asked for, and then alone: `pytest -m gpu`."""
+    """Tests on the GPU run when asked for, and then alone: `pytest -m gpu`; without a GPU they are skipped."""
     if config.option.markexpr == "gpu":
+        why_not = _why_no_gpu()
+        for item in items if why_not else ():
+            item.add_marker(pytest.mark.skip(reason=why_not))
         return
     kept = [item for item in items if "gpu" not in item.keywords]
     config.hook.pytest_deselected(items=[item for item in items if "gpu" in item.keywords])
     items[:] = kept
+
+
+def _why_no_gpu() -> str:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        return "torch is not installed"
+    return "" if torch.cuda.is_available() else f"torch {torch.__version__} sees no GPU"
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

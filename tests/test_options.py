@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
-from headrace.options import with_options
+from headrace.errors import ArgumentError
+from headrace.options import begun_with, with_options
 
 
 @dataclass(frozen=True)
@@ -42,3 +44,16 @@ def test_defaults_are_those_of_the_class() -> None:
 def test_every_kind_of_field_can_be_given() -> None:
     _, settings = _given("x", "--long-name", "5", "--ratio", "0.5", "--loud", "--words", "a", "--words", "b c")
     assert (settings.long_name, settings.ratio, settings.loud, tuple(settings.words)) == (5, 0.5, True, ("a", "b c"))
+
+
+def test_names_are_chosen_by_their_beginnings() -> None:
+    names = ["decode_1", "decode_2", "prefill"]
+    assert begun_with("--cases", (), names) == set(names) == begun_with("--cases", ("dec", "prefill"), names)
+    assert begun_with("--cases", ("decode_2",), names) == {"decode_2"}
+    with pytest.raises(ArgumentError, match="--cases: expected some of decode_1, .* got 'x'"):
+        begun_with("--cases", ("x",), names)
+
+
+def test_a_long_list_of_names_is_not_shown_whole() -> None:
+    with pytest.raises(ArgumentError, match="name0, .*name23, ..., got 'x'"):
+        begun_with("--rows", ("x",), [f"name{i}" for i in range(100)])

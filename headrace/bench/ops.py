@@ -8,7 +8,7 @@ results is within the error budget. --calibrate and --regret are calibrate.py an
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from headrace.bench.subjects import subjects
 from headrace.bench.timing import Spread, alternate, call_seconds
 from headrace.errors import ArgumentError
 from headrace.machine import Machine, keep_calibration, limit_cores
+from headrace.options import begun_with
 from headrace.talk import ProgressLine
 
 OURS = "headrace"
@@ -76,7 +77,7 @@ def _cores() -> int:
 
 
 def _speeds(plan: OpsBench, machine: Machine, show: Callable[[str], None], progress: ProgressLine) -> dict[str, Any]:
-    chosen = selected(plan.cases, [case.name for case in CASES])
+    chosen = begun_with("--cases", plan.cases, [case.name for case in CASES])
     cases, found = [case for case in CASES if case.name in chosen], []
     for number, case in enumerate(cases):
         progress(f"measuring {case.name}", number, len(cases))
@@ -87,14 +88,6 @@ def _speeds(plan: OpsBench, machine: Machine, show: Callable[[str], None], progr
         show(table(HEADS, [row(name, spread, spreads[OURS], ceiling) for name, spread in spreads.items()]) + "\n")
         found.append(case_data(case, ceiling, work, spreads))
     return {"cases": found}
-
-
-def selected(asked: Sequence[str], names: Sequence[str]) -> set[str]:
-    """The names that begin with one of those asked for; all when none is. ArgumentError for one that fits nothing."""
-    for beginning in asked:
-        if not any(name.startswith(beginning) for name in names):
-            raise ArgumentError(f"--cases: expected some of {', '.join(names)}, got {beginning!r}")
-    return {name for name in names if not asked or name.startswith(tuple(asked))}
 
 
 def ceiling_of(case: SpeedCase, threads: int) -> Ceiling:

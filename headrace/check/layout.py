@@ -9,6 +9,7 @@ A test compares the two, so the map cannot go stale, and a file cannot be withou
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -42,6 +43,8 @@ def purpose(name: str, text: str) -> str:
         return _first(r"^<!-- (.*) -->$", text)
     if suffix == ".png":
         return "a picture"
+    if suffix == ".json":
+        return str(json.loads(text).get("what", ""))
     if suffix == ".md":
         return _first(r"^# (.*)", text)
     if name == "LICENSE":

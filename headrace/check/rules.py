@@ -34,7 +34,7 @@ LAYERS = (
     ("verbs",),
     ("check",),
     ("bench",),
-    ("cli", "conversation", "doctor", "explained", "prompt_cache", "__main__"),
+    ("cli", "bench_verbs", "conversation", "doctor", "explained", "prompt_cache", "__main__"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 PACKAGES = {"kernels", "ops", "kv_cache", "compat", "models", "weights", "text", "engine", "server", "check", "bench"}

@@ -18,7 +18,7 @@ from headrace import machine
 from headrace.bench import op_cases, op_peers, ops, subjects
 from headrace.bench.op_cases import CASES, SpeedCase, build, check
 from headrace.bench.op_peers import torch_calls
-from headrace.bench.ops import OpsBench, bench_ops, selected
+from headrace.bench.ops import OpsBench, bench_ops
 from headrace.bench.timing import Spread
 from headrace.errors import ArgumentError, HeadraceError
 from headrace.kernels.cpu import roof
@@ -155,14 +155,6 @@ def test_a_line_says_how_much_of_the_roof_and_how_many_times(own_cache: None) ->
     assert ceiling.bound == "memory" and ceiling.seconds == 1e-3
     assert ops.row("headrace", ours, ours, ceiling)[1:] == ["2.000 (1.000-3.000, 7)", "1.0", "0.5", "50.0%", ""]
     assert ops.row("torch", theirs, ours, ceiling)[-2:] == ["12.5%", "4.00 x"]
-
-
-def test_cases_are_chosen_by_their_beginnings() -> None:
-    names = ["decode_1", "decode_2", "prefill"]
-    assert selected((), names) == set(names)
-    assert selected(("dec", "prefill"), names) == set(names) and selected(("decode_2",), names) == {"decode_2"}
-    with pytest.raises(ArgumentError, match="--cases: expected some of decode_1, .* got 'x'"):
-        selected(("x",), names)
 
 
 def test_plans_that_cannot_be_are_named() -> None:
