@@ -108,9 +108,9 @@ def expanded_cache(latent: Any, key_rope: Any, key_up: Any, value_up: Any, *, dt
     check_shape("key_up", key_up, ("heads", "nope", latent_dim))
     heads = key_up.shape[0]
     check_shape("value_up", value_up, (heads, "value_dim", latent_dim))
-    wide, rope, to_keys, to_values = (_widened(array) for array in (latent, key_rope, key_up, value_up))
-    nope = (wide @ to_keys.reshape(-1, latent_dim).T).reshape(num_keys, heads, -1)
-    values = (wide @ to_values.reshape(-1, latent_dim).T).reshape(num_keys, heads, -1)
+    wide, rope, to_keys, to_values = (_widened(array, dtype) for array in (latent, key_rope, key_up, value_up))
+    nope = _product(wide, to_keys.reshape(-1, latent_dim).T).reshape(num_keys, heads, -1)
+    values = _product(wide, to_values.reshape(-1, latent_dim).T).reshape(num_keys, heads, -1)
     rope = rope[:, None, :]
     if is_torch(latent):
         import torch
@@ -122,14 +122,30 @@ def expanded_cache(latent: Any, key_rope: Any, key_up: Any, value_up: Any, *, dt
 
 def _per_head(rows: Any, matrices: Any) -> Any:
     """rows [tokens, heads, a] x matrices [heads, a, b] -> [tokens, heads, b]."""
-    product = _widened(rows).swapaxes(0, 1) @ _widened(matrices)
-    return _narrowed(product.swapaxes(0, 1), dtype_name(rows))
+    dtype = dtype_name(rows)
+    product = _product(_widened(rows, dtype).swapaxes(0, 1), _widened(matrices, dtype))
+    return _narrowed(product.swapaxes(0, 1), dtype)
 
 
-def _widened(array: Any) -> Any:
-    """The array in the type that products are computed in."""
+def _product(one: Any, other: Any) -> Any:
+    """one @ other, of two types in the wider."""
+    if is_torch(one) and one.dtype != other.dtype:
+        import torch
+
+        dtype = torch.promote_types(one.dtype, other.dtype)
+        one, other = one.to(dtype), other.to(dtype)
+    return one @ other
+
+
+def _widened(array: Any, target: str) -> Any:
+    """The array in the type that products for `target` are computed in.
+
+    On a GPU 16-bit numbers stay as they are where the result is no wider: sums are float32 there.
+    """
     name = dtype_name(array)
     if is_torch(array):
+        if not array.is_cpu and {name, target} <= {"float16", "bfloat16"}:
+            return array
         return array.double() if name == "float64" else array.float()
     if name not in ("float64", "float32", "float16", "bfloat16"):
         raise ArgumentError(f"latent attention: expected floats, got {name}")

@@ -9,7 +9,7 @@ Nothing native is needed. Each token becomes a request of its own, its page tabl
     page_indices   the pages listed; the one in which the visible keys end comes last
 
 Causality and windows are applied to the list here, so that no kernel has to know the keys' places. An index listed
-twice counts twice: that is the caller's to avoid, and breaks nothing.
+twice counts twice: that is the caller's to avoid, and breaks nothing. On a GPU: torch_sparse.py.
 
 DeepSeek-AI 2025, "DeepSeek-V3.2" (sparse attention by a top-k indexer).
 """
@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.arrays import Buffer, Fixed, is_torch
+from headrace.kernels.arrays import Buffer, Fixed, check_same_device, is_torch
 from headrace.ops.attention_checks import check_int32
+from headrace.ops.attention_options import AttentionOptions
 from headrace.ops.attention_request import Call
 
 _MOST_PAGES = 2**31 - 1
@@ -52,12 +53,36 @@ def selected(call: Call, indices: Any, page_indices: Any) -> Call:
         if isinstance(array, Buffer):
             raise ArgumentError(f"{name}: expected None in a program, got an array")
     check_int32(name, listed, (tokens, "k"))
+    options = replace(call.options, causal=False, window=(None, None))
+    if call.place[0] != "cpu":
+        return _selected_there(call, name, listed, options)
     own = _tokens(call)
     found = (_by_token if page_indices is None else _by_page)(given, own, np.asarray(listed))
     found["query_starts"] = np.arange(tokens + 1, dtype=np.int32)
     extent = replace(call.extent, requests=tokens, keys=int(found["key_lens"].sum()))
-    options = replace(call.options, causal=False, window=(None, None))
     return replace(call, arrays={**given, **found}, extent=extent, options=options)
+
+
+def _selected_there(call: Call, name: str, listed: Any, options: AttentionOptions) -> Call:
+    """The same of arrays on a GPU, where nothing is known of the keys but how many there may be."""
+    from headrace.ops import torch_sparse
+
+    given, tokens = call.arrays, call.extent.queries
+    check_same_device({"query": given["query"], name: listed})
+    if name == "indices" or call.options.left is not None:
+        _check_strides(flattened(given["key"], "key_pages"), flattened(given["value"], "value_pages"))
+    found = torch_sparse.tables(given, call.options, tokens, name=name, listed=listed)
+    keys = found["page_table"].shape[1] * found.get("key", given["key"]).shape[1]
+    extent = replace(call.extent, requests=tokens, keys=tokens * keys)
+    return replace(call, arrays={**given, **found}, extent=extent, options=options)
+
+
+def _check_strides(keys: tuple[Any, int], values: tuple[Any, int]) -> None:
+    if keys[1] != values[1]:
+        text = f"{keys[1]} and {values[1]} keys"
+        raise ArgumentError(f"key_pages, value_pages: with indices, expected pages equally far apart, got {text}")
+    if len(keys[0]) > _MOST_PAGES:
+        raise ArgumentError(f"key_pages: with indices, expected up to {_MOST_PAGES} keys, got {len(keys[0])}")
 
 
 def _tokens(call: Call) -> Tokens:
@@ -80,11 +105,7 @@ def _by_token(given: Mapping[str, Any], own: Tokens, listed: np.ndarray) -> dict
     _check_listed("indices", listed, lens)
     key, stride = flattened(given["key"], "key_pages")
     value, value_stride = flattened(given["value"], "value_pages")
-    if stride != value_stride:
-        text = f"{stride} and {value_stride} keys"
-        raise ArgumentError(f"key_pages, value_pages: with indices, expected pages equally far apart, got {text}")
-    if len(key) > _MOST_PAGES:
-        raise ArgumentError(f"key_pages: with indices, expected up to {_MOST_PAGES} keys, got {len(key)}")
+    _check_strides((key, stride), (value, value_stride))
     seen = (listed >= own.first[:, None]) & (listed <= own.last[:, None]) & (listed >= 0)
     listed = np.where(seen, listed, 0)
     pages = _pages_of(given, own, listed // page_size, seen)

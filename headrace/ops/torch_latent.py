@@ -74,12 +74,12 @@ def _fake(*tensors: Any, out_dtype: str | None, value_dim: int, **options: Any) 
 
 def _gradients(given: dict[str, Any]) -> Gradients:
     pages, scales, value_dim = given["latent_pages"], given["latent_scales"], given["value_dim"]
-    keys = gathered(given["page_table"], given["sequence_lens"], pages.shape[1])
+    keys = gathered(given["page_table"], given["sequence_lens"], pages)
     rows = keys.rows(pages)[:, None]
     per_key = None if scales is None else keys.rows(scales)[:, None]
     apart = ("latent_pages", "latent_scales", "page_table", "sequence_lens", "value_dim", "indices", "page_indices")
     ragged = {name: given[name] for name in given if name not in apart}
-    ragged |= {"key": decoded(rows, per_key), "key_starts": keys.key_starts, "key_lens": None}
+    ragged |= {"key": decoded(rows, per_key), "key_starts": keys.key_starts, "key_lens": keys.key_lens}
     ragged |= {"value": ragged["key"][..., :value_dim], "key_scales": None, "value_scales": None}
     found = gradients_of(ragged)
     if pages.dtype not in FLOATS:

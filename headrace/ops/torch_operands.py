@@ -114,9 +114,11 @@ def _cast(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Pages stay as they are: a copy of a cache would cost more than it saves.
     """
-    if not torch.is_autocast_enabled("cpu"):
+    first = given["query"]
+    kind = first.device.type if isinstance(first, Tensor) else "cpu"
+    if kind not in ("cpu", "cuda") or not torch.is_autocast_enabled(kind):
         return given
-    dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.get_autocast_dtype(kind)
     return {**given, **{name: _narrowed(given[name], dtype) for name in ("query", "key", "value") if name in given}}
 
 

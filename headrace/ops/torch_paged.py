@@ -89,13 +89,13 @@ def check_tables(given: Mapping[str, Any]) -> None:
 
 
 def _gradients(given: dict[str, Any]) -> Gradients:
-    keys = gathered(given["page_table"], given["sequence_lens"], given["key_pages"].shape[1])
+    keys = gathered(given["page_table"], given["sequence_lens"], given["key_pages"])
     ragged = {name: given[name] for name in given if name not in (*PAGED.required[1:5], *_LISTED)}
     for name in ("key", "value"):
         scales = given[f"{name}_scales"]
         ragged[name] = keys.rows(given[f"{name}_pages"])
         ragged[f"{name}_scales"] = None if scales is None else keys.rows(scales)
-    found = gradients_of(ragged | {"key_starts": keys.key_starts, "key_lens": None})
+    found = gradients_of(ragged | {"key_starts": keys.key_starts, "key_lens": keys.key_lens})
     pages = {f"{name}_pages": found[name] for name in ("key", "value")}
     return {
         "query": found["query"],

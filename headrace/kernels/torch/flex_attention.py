@@ -18,8 +18,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
-    made: Callable[..., Any] = torch.compile(flex_attention)
+def _compiled() -> Any:
+    made: Any = torch.compile(flex_attention)
     return made
 
 
@@ -27,7 +27,7 @@ def run(arrays: Mapping[str, Tensor], options: Mapping[str, Any]) -> None:
     """Fills arrays["out"] and arrays["lse"]."""
     query, key, value = (arrays[name].transpose(1, 2) for name in ("query", "key", "value"))
     bounds = (options["window_left"], options["window_right"], bool(options["top_left"]))
-    call: Callable[..., Any] = flex_attention if query.is_cpu else _compiled()
+    call: Any = flex_attention if query.is_cpu else _compiled()
     out, aux = call(
         query,
         key,
