@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -30,8 +31,28 @@ def _indexed(patch: Callable[..., None]) -> Callable[..., None]:
     return patched
 
 
+# What a function that names all of Triton's language looks like to the interpreter.
+_LANGUAGE = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+
+def _once(patch: Callable[..., Any]) -> Callable[..., Any]:
+    """The language is made the interpreter's once for a launch, and not again for each function that is called."""
+    active: list[Any] = []
+
+    def patched(_: Any) -> Any:
+        if not active:
+            scope = patch(_LANGUAGE)
+            restore = scope.restore
+            scope.restore = lambda: (active.clear(), restore())
+            active.append(scope)
+        return active[0]
+
+    return patched
+
+
 if INTERPRETED:
     interpreter._patch_lang_tensor = _indexed(interpreter._patch_lang_tensor)
+    interpreter._patch_lang = _once(interpreter._patch_lang)
 
 
 @triton.jit
