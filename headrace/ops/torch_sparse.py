@@ -1,8 +1,8 @@
 """Top-k sparse attention of tensors on a GPU: the tables of sparse.py, made there and without waiting for it.
 
-The same steps in torch's operations, whose sizes follow from shapes alone. What sparse.py calls a mistake, keys or pages
-outside the sequence or the table, counts as not listed. The page in which the visible keys end counts once, however often
-it is listed.
+The steps in torch's operations, whose sizes follow from shapes alone. What sparse.py calls a mistake (a key or page
+outside the sequence or the table) counts as not listed. The page in which the visible keys end counts once, however
+often it is listed.
 """
 
 from __future__ import annotations
