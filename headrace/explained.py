@@ -37,11 +37,11 @@ def explain_op(op: str, asked: ExplainOptions) -> Explanation:
 def _linear(asked: ExplainOptions) -> Explanation:
     types = {"weight": asked.weight}
     shapes = (asked.tokens, asked.dim), (asked.rows, asked.dim)
-    return explain("linear", *shapes, dtype=types, require=asked.require, precision=asked.precision)
+    return explain("linear", *shapes, dtype=types, precision=asked.precision, **_chosen_by(asked))
 
 
 def _rms_norm(asked: ExplainOptions) -> Explanation:
-    return explain("rms_norm", (asked.tokens, asked.dim), (asked.dim,), require=asked.require)
+    return explain("rms_norm", (asked.tokens, asked.dim), (asked.dim,), **_chosen_by(asked))
 
 
 def _attention(asked: ExplainOptions) -> Explanation:
@@ -102,8 +102,13 @@ def _starts(asked: ExplainOptions) -> dict[str, Any]:
 
 def _options(asked: ExplainOptions) -> dict[str, Any]:
     window = (None if asked.window_left < 0 else asked.window_left, None)
-    chosen = {"precision": asked.precision, "deterministic": asked.deterministic, "require": asked.require}
-    return chosen | {"window": window}
+    options = {"precision": asked.precision, "deterministic": asked.deterministic, "window": window}
+    return options | _chosen_by(asked)
+
+
+def _chosen_by(asked: ExplainOptions) -> dict[str, Any]:
+    """Where the arrays would lie, and what the kernel must have."""
+    return {"device": asked.device, "arch": asked.arch, "require": asked.require}
 
 
 def _value_dim(asked: ExplainOptions) -> int:

@@ -137,6 +137,8 @@ class ExplainOptions:
     window_left: int = -1
     precision: str = "auto"
     deterministic: bool = False
+    device: str = "cpu"
+    arch: str = ""
     require: tuple[str, ...] = ()
 
 

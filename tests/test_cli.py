@@ -292,6 +292,12 @@ def test_explain_attention_is_a_table_of_every_kernel(headrace: Headrace, op: st
     assert all(kernel.name in ended.out for kernel in kernels_of(op))
 
 
+def test_explain_tells_of_a_gpu_that_is_not_here(headrace: Headrace) -> None:
+    ended = headrace("explain", "attention", *EXPLAIN_ATTENTION, "--device", "cuda", "--arch", "sm_90")
+    assert ended.code == 0 and "NVIDIA H200" in ended.out and "array.cpu()" in ended.out
+    assert_mistake(headrace("explain", "attention", "--device", "tpu"), "device: expected cpu, cuda or hip", "'tpu'")
+
+
 @pytest.mark.parametrize("command", [["run", "hi"], ["chat"]])
 def test_the_type_of_the_cache_can_be_chosen(
     headrace: Headrace, command: list[str], monkeypatch: pytest.MonkeyPatch

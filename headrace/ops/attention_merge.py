@@ -79,6 +79,8 @@ def merge(
     else:
         lse_dtype = "float64" if out_dtype == "float64" else "float32"
         out = AttentionResult(empty_like(outs[0], shape, out_dtype), empty_like(outs[0], shape[:-1], lse_dtype))
+    others = {"sinks": sinks, "out.out": out.out, "out.lse": out.lse}
+    check_same_device({"parts[0].out": outs[0]} | {name: array for name, array in others.items() if array is not None})
     asked = placed(request([shape] * len(outs), dtypes, out_dtype), outs[0])
     choose(kernels(), asked, kernel).run(outs, lses, out=out.out, lse=out.lse, sinks=sinks)
     return out
