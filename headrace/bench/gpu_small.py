@@ -1,4 +1,4 @@
-"""The ops beside attention and products for `headrace bench gpu`: norm, rope table, append, merge, sampling, experts.
+"""Norm, rope table, append and merge for `headrace bench gpu`: the ops that only move and scale.
 
 Their results are checked against the ops' own references, on a sample of rows where those are many.
 """

@@ -29,8 +29,8 @@ _HOMES = {
     "rope": "headrace.bench.gpu_small",
     "append": "headrace.bench.gpu_small",
     "merge": "headrace.bench.gpu_small",
-    "sample": "headrace.bench.gpu_small",
-    "moe": "headrace.bench.gpu_small",
+    "sample": "headrace.bench.gpu_experts",
+    "moe": "headrace.bench.gpu_experts",
     "case": "headrace.bench.gpu_regret",
 }
 
