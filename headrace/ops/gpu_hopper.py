@@ -1,0 +1,110 @@
+"""Kernels for Hopper alone, in Gluon: attention where products bind, MLA decode with a whole tile of heads.
+
+They take fewer options than Triton's, which stand behind them: what a request asks for beyond is a Reason.
+"""
+
+from __future__ import annotations
+
+from headrace.gpu_machine import LAUNCH_SECONDS, Gpu
+from headrace.machine import KernelSpeed
+from headrace.ops.per_gpu import gpu_kernel, gpu_plan
+from headrace.ops.select import Kernel, Plan, Reason, Request
+
+TYPES = ("bfloat16", "float16")
+_PORTABLE = "Triton's kernels take it"
+# Shares of the measured roofs that the schedules are expected to reach: 650 of 790 TFLOP/s, 600 of them in MLA.
+_ATTENTION_SPEED = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.82, read=0.85)
+_MLA_SPEED = KernelSpeed(2 * LAUNCH_SECONDS, arithmetic=0.76, read=0.9)
+_MLA_TILE, _MLA_KEY_DIM, _MLA_VALUE_DIM, _MLA_BLOCK = 64, 576, 512, 64
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """In front of the portable ones."""
+    return (
+        gpu_kernel(
+            "gluon_attention",
+            "headrace.kernels.gluon.attention",
+            why_not_attention,
+            arches=("sm_90",),
+            speed=_ATTENTION_SPEED,
+        ),
+        gpu_kernel(
+            "gluon_mla",
+            "headrace.kernels.gluon.mla_attention",
+            why_not_mla,
+            _mla_plan,
+            arches=("sm_90",),
+            speed=_MLA_SPEED,
+        ),
+    )
+
+
+def why_not_attention(request: Request) -> list[Reason]:
+    """Dense calls in 16 bits with heads of 64 or 128, causal or not."""
+    query = request.shapes["query"]
+    if request.op != "attention" or len(query) != 4:
+        return [Reason("layout", _layout(request), "dense keys, [batch, tokens, heads, head_dim]", _PORTABLE)]
+    dims = (query[-1], request.shapes["value"][-1])
+    if dims not in ((64, 64), (128, 128)):
+        return [Reason("head_dim and value_dim", str(dims), "64 or 128, both alike", _PORTABLE)]
+    return _why_not_types(request) or _why_not_options(request)
+
+
+def why_not_mla(request: Request) -> list[Reason]:
+    """Latents of 512 and 64 in 16 bits, in pages of whole blocks, with a schedule made for the batch."""
+    if request.op != "mla_attention":
+        return [Reason("op", request.op, "mla_attention", "another kernel is for it")]
+    key, value = request.shapes["key"], request.shapes["value"]
+    if (key[-1], value[-1]) != (_MLA_KEY_DIM, _MLA_VALUE_DIM):
+        got = f"{key[-1]}, values {value[-1]}"
+        return [Reason("latent and value_dim", got, f"{_MLA_KEY_DIM}, values {_MLA_VALUE_DIM}", _PORTABLE)]
+    if key[1] % _MLA_BLOCK:
+        return [Reason("page_size", str(key[1]), f"a multiple of {_MLA_BLOCK}", "larger pages, or Triton's kernel")]
+    if request.options["deterministic"]:
+        return [Reason("deterministic", "True", "False", "its schedule depends on the batch; Triton's kernels take it")]
+    return _why_not_types(request) or _why_not_options(request)
+
+
+def _layout(request: Request) -> str:
+    return "ragged keys" if request.op == "attention" else request.op
+
+
+def _why_not_types(request: Request) -> list[Reason]:
+    query, key = request.dtypes["query"], request.dtypes["key"]
+    if query not in TYPES:
+        return [Reason("dtype of query", query, " or ".join(TYPES), _PORTABLE)]
+    if key != query:
+        return [Reason("dtype of key", key, f"{query}, the query's", _PORTABLE)]
+    if request.options["precision"] == "exact":
+        return [
+            Reason("precision", "exact", "auto or fast", "weights are rounded to 16 bits; Triton's kernels are exact")
+        ]
+    return []
+
+
+def _why_not_options(request: Request) -> list[Reason]:
+    for name in ("mask", "sinks", "alibi_slopes", "first_keys", "last_keys", "key_scales"):
+        if name in request.shapes:
+            return [Reason(name, "given", "none", _PORTABLE)]
+    if request.options["window"][0] is not None:
+        return [Reason("window", str(request.options["window"]), "no bound on the left", _PORTABLE)]
+    if request.options["softcap"] is not None:
+        return [Reason("softcap", str(request.options["softcap"]), "none", _PORTABLE)]
+    return []
+
+
+def _mla_plan(request: Request, gpu: Gpu) -> Plan:
+    """Workers share the keys of all requests; partial results in float32, room for two of each worker."""
+    usual = gpu_plan(request, gpu)
+    requests = max(request.shapes["page_table"][0], 1)
+    tokens, heads = request.shapes["query"][:2]
+    together = min(max(-(-(-(-tokens // requests) * heads) // _MLA_TILE), 1), 4)
+    workers = max(gpu.multiprocessors // together, 1)
+    room = 2 * workers * together * _MLA_TILE * (_MLA_VALUE_DIM + 1) * 4
+    return Plan(
+        splits=max(-(-workers // requests), 1),
+        workers=workers * together,
+        workspace_bytes=room,
+        arithmetic=usual.arithmetic,
+        notes=(f"{together} row tiles read the same keys together",),
+    )

@@ -1,0 +1,111 @@
+"""Attention forward for Hopper: its own source simulated, in any order of events; the same on the GPU."""
+
+import numpy as np
+import pytest
+
+from headrace.check.attention_batch import attention_batch, reference, straightforward
+from headrace.check.attention_cases import dense, heads
+from headrace.check.attention_expected import assert_close, assert_kernel_holds
+from headrace.check.compare import poisoned
+from headrace.check.gluon_memory import OutOfOrder
+from headrace.check.gluon_simulator import Deadlock, Simulated, Simulation
+from headrace.check.guards import Guarded, as_numpy
+from headrace.ops.attention_options import AttentionOptions, AttentionResult
+
+torch = pytest.importorskip("torch")
+gluon = pytest.importorskip("headrace.kernels.gluon.attention")
+KERNEL = gluon._attention_kernel
+CASES = (
+    dense("one", 1, 1, 1, **heads(1, 1)),
+    dense("tile_edges", 1, 129, 129, **heads(2, 1)),
+    dense("diagonal_off_the_tiles", 1, 130, 333, **heads(3, 3)),
+    dense("wide_heads", 2, 200, 260, **heads(2, 1, 128, 128)),
+    dense("not_causal", 1, 65, 300, **heads(2, 2), causal=False),
+    dense("top_left", 1, 150, 280, **heads(1, 1), align="top_left"),
+    dense("fewer_keys_than_queries", 1, 300, 100, **heads(1, 1)),
+    dense("cut_lengths", 3, 70, 300, **heads(2, 1), key_lens=(300, 131, 0)),
+    dense("cut_lengths_wide", 2, 70, 200, **heads(1, 1, 128, 128), key_lens=(129, 5), causal=False),
+    dense("heads_first", 2, 130, 150, **heads(2, 1), layout="heads_first"),
+)
+
+
+def simulated(case, batch, monkeypatch, *, programs=3, seed=0, eagerness=0.5):
+    """out and lse, and how often partitions took turns."""
+    kernel = Simulated(KERNEL, seed, eagerness)
+    monkeypatch.setattr(gluon, "_attention_kernel", kernel)
+    monkeypatch.setattr(gluon, "num_multiprocessors", lambda tensor: programs)
+    guarded = Guarded("cpu")
+    out, lse = poisoned(case.out_shape, str(batch["query"].dtype)), poisoned(case.out_shape[:-1], "float32")
+    given = guarded.tensors({**batch, "out": out, "lse": lse})
+    options = AttentionOptions(causal=batch["causal"], align=batch["align"], scale=case.head_dim**-0.5)
+    gluon.run(given, options.native())
+    guarded.assert_untouched()
+    return AttentionResult(as_numpy(given["out"]), as_numpy(given["lse"])), kernel.steps
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_simulated_it_is_within_budget(case, monkeypatch):
+    dtype = "bfloat16" if case.name == "tile_edges" else "float16"
+    batch = attention_batch(case, dtype, dtype)
+    exact = reference(case, batch)
+    got, _ = simulated(case, batch, monkeypatch)
+    assert_close(got, exact, straightforward(case, batch, exact, "fp16" if dtype == "float16" else "bf16"))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_order_of_events_gives_the_same_bits(seed, monkeypatch):
+    case = dense("orders", 2, 200, 400, **heads(1, 1), key_lens=(390, 400))
+    batch = attention_batch(case, "float16", "float16")
+    usual, _ = simulated(case, batch, monkeypatch, programs=1)
+    other, steps = simulated(case, batch, monkeypatch, programs=2, seed=100 + seed, eagerness=seed / 2)
+    assert steps > 0
+    assert np.array_equal(usual.out, other.out) and np.array_equal(usual.lse, other.lse)
+
+
+@pytest.mark.parametrize("barrier", set(range(gluon.BARRIERS.value)) - {gluon.TURN.value, gluon.TURN.value + 1})
+def test_no_barrier_is_superfluous(barrier, monkeypatch):
+    """Waited for by nobody, each lets something happen too early: found whatever the order was. Turns are for speed."""
+    wait = Simulation.wait
+
+    def without(self, bar, phase, pred=True, deps=()):
+        if bar.offset % 4096 != barrier:
+            wait(self, bar, phase, pred, deps)
+
+    monkeypatch.setattr(Simulation, "wait", without)
+    case = dense("long", 2, 200, 700, **heads(1, 1), key_lens=(690, 700), causal=False)
+    with pytest.raises((OutOfOrder, Deadlock)):
+        simulated(case, attention_batch(case, "float16", "float16"), monkeypatch, programs=1)
+
+
+def test_bits_do_not_depend_on_the_chunk_a_row_is_in(monkeypatch):
+    """What deterministic=True promises: the last rows alone are as the last rows of all."""
+    case = dense("whole", 1, 200, 300, **heads(1, 1))
+    batch = attention_batch(case, "float16", "float16")
+    whole, _ = simulated(case, batch, monkeypatch)
+    part = dense("part", 1, 90, 300, **heads(1, 1))
+    alone, _ = simulated(part, batch | {"query": batch["query"][:, -90:]}, monkeypatch)
+    assert np.array_equal(whole.out[:, -90:], alone.out) and np.array_equal(whole.lse[:, -90:], alone.lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_on_the_gpu_it_is_within_budget(case, dtype):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU")
+    assert_kernel_holds(case, "gluon_attention", dtype, dtype, out_dtype=dtype, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [64, 128])
+def test_on_the_gpu_a_long_prompt_agrees_with_sdpa(dim):
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("not a Hopper GPU")
+    from headrace.ops import attention
+
+    query, key, value = (torch.randn(2, 4096, 8, dim, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+    got = attention(query, key, value, causal=True, kernel="gluon_attention").out
+    turned = (each.transpose(1, 2) for each in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(*turned, is_causal=True).transpose(1, 2)
+    # Both round weights and results to bfloat16, at other places.
+    assert (got.float() - expected.float()).abs().max() <= 2 * 2**-8 * expected.abs().max()

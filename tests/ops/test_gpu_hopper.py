@@ -1,0 +1,94 @@
+"""Kernels for Hopper: what they take, what they turn down and why, and where they stand in the choice."""
+
+from dataclasses import replace
+
+import pytest
+
+from headrace.check.attention_batch import attention_batch
+from headrace.check.attention_cases import dense, heads, paged, ragged
+from headrace.check.attention_expected import prepared
+from headrace.ops.gpu_hopper import kernels
+
+ATTENTION, MLA = kernels()
+LATENT = heads(16, 1, 576, 512)
+
+
+def request_of(case, dtype="bfloat16", op=None, **options):
+    """The request of a case on a Hopper GPU."""
+    batch = attention_batch(case, dtype, dtype) | options
+    asked = prepared(batch).request()
+    return replace(asked, device="cuda", arch="sm_90", op=op or asked.op)
+
+
+def reasons(kernel, case, dtype="bfloat16", op=None, **options):
+    return [reason.predicate for reason in kernel.why_not(request_of(case, dtype, op, **options))]
+
+
+def test_attention_takes_dense_calls_in_16_bits():
+    for dim in (64, 128):
+        for dtype in ("float16", "bfloat16"):
+            assert not reasons(ATTENTION, dense("plain", 2, 9, 9, **heads(4, 2, dim, dim)), dtype)
+    assert not reasons(ATTENTION, dense("cut", 2, 9, 9, key_lens=(9, 5)), deterministic=True)
+
+
+@pytest.mark.parametrize(
+    "predicate,case,options",
+    [
+        ("layout", ragged("ragged", (3,), (3,)), {}),
+        ("layout", paged("paged", (1,), (5,)), {}),
+        ("head_dim and value_dim", dense("narrow", 1, 5, 5, **heads(2, 1, 80, 80)), {}),
+        ("mask", dense("mask", 1, 5, 5, mask="float", causal=False), {}),
+        ("sinks", dense("sinks", 1, 5, 5, sinks=True), {}),
+        ("alibi_slopes", dense("alibi", 1, 5, 5, alibi="heads"), {}),
+        ("window", dense("window", 1, 5, 5, window=(3, None)), {}),
+        ("softcap", dense("softcap", 1, 5, 5, softcap=9.0), {}),
+        ("precision", dense("exact", 1, 5, 5), {"precision": "exact"}),
+    ],
+)
+def test_attention_says_what_it_does_not_take(predicate, case, options):
+    assert reasons(ATTENTION, case, **options) == [predicate]
+
+
+def test_attention_in_float32_is_not_for_it():
+    assert reasons(ATTENTION, dense("wide", 1, 5, 5), "float32") == ["dtype of query"]
+
+
+def test_mla_takes_whole_blocks_of_latents():
+    for page_size in (64, 256):
+        assert not reasons(MLA, paged("plain", (1, 2), (70, 9), **LATENT, page_size=page_size), op="mla_attention")
+
+
+@pytest.mark.parametrize(
+    "predicate,case,op,options",
+    [
+        ("op", paged("paged", (1,), (5,), **LATENT, page_size=64), "paged_attention", {}),
+        ("latent and value_dim", paged("small", (1,), (5,), **heads(4, 1, 72, 64), page_size=64), "mla_attention", {}),
+        ("page_size", paged("page", (1,), (5,), **LATENT, page_size=16), "mla_attention", {}),
+        (
+            "deterministic",
+            paged("page", (1,), (5,), **LATENT, page_size=64),
+            "mla_attention",
+            {"deterministic": True},
+        ),
+        ("softcap", paged("softcap", (1,), (5,), **LATENT, page_size=64, softcap=3.0), "mla_attention", {}),
+    ],
+)
+def test_mla_says_what_it_does_not_take(predicate, case, op, options):
+    assert reasons(MLA, case, op=op, **options) == [predicate]
+
+
+def test_they_are_for_hopper_alone():
+    asked = request_of(dense("plain", 1, 9, 9))
+    assert [reason.predicate for reason in ATTENTION.why_not(replace(asked, arch="sm_100"))] == ["GPU generation"]
+    assert [reason.predicate for reason in ATTENTION.why_not(replace(asked, device="cpu", arch=""))] == ["device"]
+
+
+def test_the_plan_of_mla_tells_its_workspace_and_who_reads_together():
+    asked = request_of(
+        paged("plain", (1,) * 4, (70, 9, 5, 300), **heads(128, 1, 576, 512), page_size=64), op="mla_attention"
+    )
+    from headrace.gpu_machine import gpu_of
+
+    plan = MLA.planned(asked, gpu_of("sm_90"))
+    assert plan.workers == 132 and plan.notes == ("2 row tiles read the same keys together",)
+    assert plan.workspace_bytes == 2 * 132 * 64 * 513 * 4 and plan.splits == 17
