@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 
 from headrace.bench.asked_process import module_command
@@ -40,12 +40,15 @@ _WARM = 3  # warm processes, of which the median counts
 
 def measure_first(op: str, device: str, limit_s: float) -> dict[str, Any]:
     """Seconds of a first call, compiling and warm. RuntimeError with a process's last words where it fails."""
+    end = monotonic() + limit_s
+
+    def told() -> dict[str, Any]:
+        return _process(op, device, environment, max(0.0, end - monotonic()))
+
     with tempfile.TemporaryDirectory() as folder:
         environment = {name: f"{folder}/{name.lower()}" for name in _CACHES}
-        cold = _process(op, device, environment, limit_s)
-        warm = sorted(
-            (_process(op, device, environment, limit_s) for _ in range(_WARM)), key=lambda told: told["first_s"]
-        )
+        cold = told()
+        warm = sorted((told() for _ in range(_WARM)), key=lambda each: float(each["first_s"]))
         files = [path for path in Path(environment[_CACHES[0]]).rglob("*") if path.is_file()]
         sizes = {"cache_files": len(files), "cache_bytes": sum(path.stat().st_size for path in files)}
     return {**warm[_WARM // 2], "cold_first_s": cold["first_s"], **sizes}

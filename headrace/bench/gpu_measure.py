@@ -6,13 +6,14 @@ on; one that takes the whole device with it ends the process, and whoever asked 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
 from headrace.bench.asked_process import error_text
-from headrace.bench.gpu_clock import Timed, synchronize, timed
+from headrace.bench.gpu_clock import CaptureFailed, Timed, synchronize, timed
 from headrace.bench.gpu_peers import wanted_peers
 from headrace.bench.gpu_targets import OUT_OF_TIME
 from headrace.bench.gpu_work import Call, GpuWork
@@ -27,13 +28,15 @@ Note = Callable[[Any], None]
 
 @dataclass(frozen=True)
 class Asking:
-    """How a row is measured. without: candidates left out, with the reason; end_s: when no new one is begun."""
+    """How a row is measured. without: candidates left out, with the reason; eager: those that no graph can hold;
+    seconds: after which no new one is begun."""
 
     device: str = "cuda"
     repeat: int = 7
     peers: tuple[str, ...] = ()
     with_peers: bool = True
     without: Mapping[str, str] = field(default_factory=dict)
+    eager: tuple[str, ...] = ()
     seconds: float = 30.0
 
 
@@ -62,6 +65,9 @@ def measure(work: GpuWork, asking: Asking, note: Note) -> dict[str, Any]:
         note({"at": name})
         try:
             _prepare(name, ready, work, asking, found)
+        except CaptureFailed as error:
+            note({"eager": name})
+            raise SystemExit(f"{name} cannot be captured: {error_text(error)}") from error
         except Exception as error:
             found.failed[name] = _why(error)
             note({"failed": name, "why": found.failed[name]})
@@ -87,7 +93,8 @@ def _prepare(name: str, ready: Callable[[], Call], work: GpuWork, asking: Asking
         margin = found.margins[name] = work.check(name)
         if margin.wrong:
             raise ArithmeticError(f"the result is wrong: error {margin.error:.3g}, allowed {margin.allowed:.3g}")
-    found.timed[name] = timed(ready(), work.sets, asking.device)
+    eager = name in (*work.eager, *asking.eager)
+    found.timed[name] = timed(ready(), work.sets, asking.device, eager=eager)
     found.ready_s[name] = monotonic() - begin
 
 
@@ -142,9 +149,15 @@ def _one(name: str, seconds: Sequence[float], found: Findings) -> dict[str, Any]
         "n": spread.count,
         "way": ready.way,
         "ready_s": found.ready_s[name],
-        "error": margin and margin.error,
+        "error": _finite(margin and margin.error),
+        "rms_error": _finite(margin and margin.rms),
         "allowed": margin and margin.allowed,
     }
+
+
+def _finite(number: float | None) -> float | None:
+    """As JSON has it: peers are not turned down for NaN."""
+    return number if number is not None and math.isfinite(number) else None
 
 
 def _reasons(work: GpuWork, told: Explanation) -> dict[str, str]:

@@ -60,7 +60,9 @@ def build_backward(sizes: Mapping[str, Any], device: str) -> GpuWork:
     op = "attention_backward"
     [request] = requests_of(op, d_out, *arrays, found.out, lse=found.lse, causal=True)
     peers = gpu_peers.backward_peers(arrays, d_out, case.head_dim**-0.5)
-    return GpuWork(case.num_bytes, case.flops, case.unit, kernels_of(op), request, call, 1, check, peers)
+    of_call = (case.num_bytes, case.flops, case.unit, kernels_of(op), request, call)
+    # torch computes gradients on the stream of the forward, which is not the one that is captured.
+    return GpuWork(*of_call, check=check, peers=peers, eager=tuple(peers))
 
 
 def _case(sizes: Mapping[str, Any], op: str) -> SpeedCase:

@@ -17,7 +17,8 @@ from headrace.bench.gpu_rows import GpuRow
 from headrace.bench.gpu_targets import OUT_OF_TIME
 
 WORKER = "headrace.bench.gpu_worker"
-_TRIES = 4  # of a row, each without one more candidate
+_TRIES = 4  # of a row, each without one more candidate, or with one more that no graph holds
+_READY_SHARE = 0.6  # of a row's time, after which no further candidate is made ready
 _START_S = 60.0  # that a new worker may take to import torch and find the device, beside what a row may take
 
 
@@ -50,26 +51,27 @@ class Session:
 
     def row(self, row: GpuRow, left_s: float) -> dict[str, Any]:
         """A row's results, or {"error"}; never raises for what a kernel does."""
+        budget = Budget(left_s)
         without: dict[str, str] = {}
-        limit_s = min(row.limit_s, left_s)
+        eager: list[str] = []
         for _ in range(_TRIES):
             watched = _Watched()
-            begin = monotonic()
             try:
-                return self._ask_row(row, without, limit_s, watched)
+                return self._ask_row(row, {"without": without, "eager": eager}, min(row.limit_s, budget.left), watched)
             except ProcessFailed as failure:
                 if not watched.at:
                     return {"error": str(failure), "failed": without}
-                without[watched.at] = watched.failed.get(watched.at, str(failure))
-            left_s -= monotonic() - begin
-            if left_s <= 0:
-                return {"error": f"{OUT_OF_TIME} after {', '.join(without)} failed", "failed": without}
-            limit_s = min(row.limit_s, left_s)
-        return {"error": f"{len(without)} kernels ended the process", "failed": without}
+                if watched.eager and watched.eager not in eager:
+                    eager.append(watched.eager)
+                else:
+                    without[watched.at] = watched.failed.get(watched.at, str(failure))
+            if budget.left <= 0:
+                return {"error": f"{OUT_OF_TIME} after {watched.at} failed", "failed": without}
+        return {"error": f"{_TRIES} kernels ended the process", "failed": without}
 
-    def _ask_row(self, row: GpuRow, without: Mapping[str, str], limit_s: float, watched: _Watched) -> dict[str, Any]:
+    def _ask_row(self, row: GpuRow, retry: Mapping[str, Any], limit_s: float, watched: _Watched) -> dict[str, Any]:
         process = self._running()
-        asking = {**self._asking, "device": self._device, "without": dict(without), "seconds": 0.6 * limit_s}
+        asking = {**self._asking, **retry, "device": self._device, "seconds": _READY_SHARE * limit_s}
         request = {"call": "row", "device": self._device, "row": row_data(row), "asking": asking}
         found: dict[str, Any] = process.ask(request, limit_s, watched.hear)
         return found
@@ -99,12 +101,14 @@ class _Watched:
     """What a worker has told of the row it is at."""
 
     def __init__(self) -> None:
-        self.at = ""
+        self.at = self.eager = ""
         self.failed: dict[str, str] = {}
 
     def hear(self, note: Mapping[str, str]) -> None:
         if "at" in note:
             self.at = note["at"]
+        elif "eager" in note:
+            self.eager = note["eager"]
         else:
             self.failed[note["failed"]] = note["why"]
 

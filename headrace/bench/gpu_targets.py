@@ -26,7 +26,7 @@ class Target:
     "copy"     bytes per second as a share of the measured copy bandwidth
     "tflops"   1e12 operations per second
     "times"    the time of the fastest whose name begins with `than`, over ours
-    "error"    our largest error over that of `than`, at most
+    "error"    the root mean square of our errors over that of `than`, at most
     "seconds"  of a first call in a warm process, at most
     "regret"   the time of the chosen kernel over that of the fastest, at most
     """
@@ -119,9 +119,9 @@ def _reached(target: Target, row: Row, roofs: Roofs) -> tuple[str, float]:
     theirs = row["by"][_fastest(target.than, row)]
     if target.kind == "times":
         return kernel, theirs["median_s"] / ours["median_s"]
-    if not (ours.get("error") and theirs.get("error")):
+    if not (ours.get("rms_error") and theirs.get("rms_error")):
         raise _NotKnown("errors were not measured")
-    return kernel, ours["error"] / theirs["error"]
+    return kernel, ours["rms_error"] / theirs["rms_error"]
 
 
 def _plain(target: Target, row: Row) -> tuple[str, float]:

@@ -37,10 +37,11 @@ _HOMES = {
 
 @dataclass(frozen=True)
 class Margin:
-    """The largest error of a result, and the one that its budget allows."""
+    """The largest error of a result, the one that its budget allows, and the root of its mean square."""
 
     error: float
     allowed: float
+    rms: float = 0.0
 
     @property
     def wrong(self) -> bool:
@@ -51,8 +52,8 @@ class Margin:
 class GpuWork:
     """A call that is ready. call: by kernel name and set of buffers; check: of what that kernel makes of the first set.
 
-    peers: others' calls, made when asked for: ImportError where they are not installed; peer_checks: of some of their
-    results.
+    eager: whose calls no graph can hold. peers: others' calls, made when asked for, ImportError where they are not
+    installed; peer_checks: of some of their results.
     """
 
     num_bytes: int
@@ -65,6 +66,7 @@ class GpuWork:
     check: Callable[[str], Margin] | None = None
     peers: Mapping[str, Callable[[], Call]] = field(default_factory=dict)
     peer_checks: Mapping[str, Callable[[], Margin]] = field(default_factory=dict)
+    eager: tuple[str, ...] = ()
 
 
 def build(work: str, sizes: Mapping[str, Any], device: str) -> GpuWork:
@@ -129,4 +131,5 @@ def margin(got: Sequence[Any], exact: Sequence[Any], plain: Sequence[Any], dtype
         for samples in (got, exact, [each.to(narrow) for each in plain])
     )
     error = np.abs(ours - true)
-    return Margin(float(np.where(np.isnan(error), np.inf, error).max(initial=0.0)), budget(true, simple, dtype))
+    error = np.where(np.isnan(error), np.inf, error)
+    return Margin(float(error.max(initial=0.0)), budget(true, simple, dtype), float(np.sqrt(np.mean(error**2))))

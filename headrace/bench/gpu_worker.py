@@ -15,7 +15,7 @@ import gc
 from typing import Any
 
 from headrace.bench import gpu_roofs
-from headrace.bench.asked_process import Note, serve
+from headrace.bench.asked_process import Note, error_text, serve
 from headrace.bench.gpu_measure import Asking, measure, warm
 from headrace.bench.gpu_work import build
 
@@ -28,9 +28,12 @@ def answer(request: dict[str, Any], note: Note) -> Any:
     if call == "roofs":
         return gpu_roofs.measure(device)
     try:
-        return _of_row(request, device, note)
-    finally:
+        found = _of_row(request, device, note)
+    except Exception:
         _forget(device)
+        raise
+    _forget(device)
+    return found
 
 
 def _of_row(request: dict[str, Any], device: str, note: Note) -> Any:
@@ -39,12 +42,17 @@ def _of_row(request: dict[str, Any], device: str, note: Note) -> Any:
 
 
 def _forget(device: str) -> None:
-    """Gives a row's memory back."""
+    """Gives a row's memory back; ends the process where the device is lost."""
     gc.collect()
-    if device != "cpu":
-        import torch
+    if device == "cpu":
+        return
+    import torch
 
+    try:
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
+    except RuntimeError as error:
+        raise SystemExit(f"the device is lost: {error_text(error)}") from error
 
 
 if __name__ == "__main__":

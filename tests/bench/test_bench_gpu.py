@@ -25,7 +25,6 @@ WORKER = "fake_gpu_worker"
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setattr(gpu_session, "WORKER", WORKER)
     monkeypatch.setattr(Session.__init__, "__defaults__", (WORKER,))
     monkeypatch.setattr(warm_up, "__defaults__", (WORKER,))
 
@@ -135,6 +134,14 @@ def test_the_first_error_is_what_counts_where_the_device_is_lost() -> None:
     assert asked(row(breaks_at="one"))["failed"] == {"one": "the first error"}
 
 
+def test_a_kernel_that_no_graph_can_hold_is_measured_in_a_new_process() -> None:
+    with Session("cuda", {}) as session:
+        session.ask("describe", 30.0)
+        process = session._process
+        found = session.row(row(not_captured="two"), 30.0)
+        assert set(found["by"]) == {"one", "two"} and found["failed"] == {} and session._process is not process
+
+
 def test_no_row_takes_longer_than_what_is_left() -> None:
     found = asked(row(hangs_at="two"), left_s=1.0)
     assert found["error"] == "out of time after two failed"
@@ -202,6 +209,24 @@ def test_what_there_is_no_time_for_is_left_out_and_said(
     _, err, data = run(monkeypatch, capsys, tmp_path / "gpu.json", row("a"), row("b"), cases)
     assert data["left_out"] == dict.fromkeys(("a", "b", "regret_one"), "no time was left") and data["rows"] == {}
     assert "no time was left for 2 rows: headrace bench gpu --rows a,..." in err
+
+
+@pytest.mark.slow
+def test_a_real_worker_measures_real_rows(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr(Session.__init__, "__defaults__", (gpu_session.WORKER,))
+    heads = {"heads": 4, "kv_heads": 2, "head_dim": 32, "dtype": "bfloat16"}
+    decode = GpuRow("decode", "paged", {"key_lens": (64, 64), "page_size": 16, **heads}, (Target("copy", 0.0),))
+    nothing = GpuRow("nothing", "no such work", {}, (Target("copy", 0.9),))
+    monkeypatch.setattr(gpu, "rows_of", lambda plan: (decode, nothing))
+    with ProgressLine() as progress:
+        data = bench_gpu(GpuBench(path=tmp_path / "gpu.json", warm=False), progress=progress, device="cpu")
+    out = capsys.readouterr().out
+    assert [each["status"] for each in data["targets"][:2]] == ["PASS", "FAILED"]
+    assert data["rows"]["decode"]["chosen"] in out and "torch SDPA" in out and "not installed: flashinfer" in out
+    assert data["rows"]["nothing"]["error"].startswith("KeyError") and data["roofs"]["copy"] > 0
 
 
 def test_without_a_gpu_there_is_one_clear_error() -> None:

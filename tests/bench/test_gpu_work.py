@@ -118,12 +118,6 @@ def test_sets_of_buffers_are_several_times_the_cache(monkeypatch: pytest.MonkeyP
     assert gpu_work.num_sets(16 << 20, "cuda") == 15 and gpu_work.num_sets(1 << 40, "cuda") == 1
 
 
-def test_calls_of_a_sample_use_every_set_equally() -> None:
-    assert gpu_clock._num_calls(15, 1e-5, 3e-3) == 300
-    assert gpu_clock._num_calls(4, 1.0, 3e-3) == 4
-    assert gpu_clock._num_calls(7, 1e-9, 3e-3) == 1022
-
-
 # What a candidate may do
 
 
@@ -181,6 +175,23 @@ def test_a_lost_device_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None
         notes(with_peers(bad=raises))
 
 
+def test_what_cannot_be_captured_ends_the_process_and_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(call: Any, sets: int, device: str, *, eager: bool) -> gpu_clock.Timed:
+        if not eager:
+            raise gpu_clock.CaptureFailed("operation not permitted when stream is capturing")
+        return gpu_clock.Timed(lambda: 1.0, "eager")
+
+    monkeypatch.setattr(gpu_measure, "timed", timed)
+    work, heard = made("norm"), []
+    chosen = _chosen(work)
+    with pytest.raises(SystemExit, match=f"{chosen} cannot be captured: CaptureFailed: operation"):
+        measure(work, Asking("cpu", repeat=5), heard.append)
+    assert heard == [{"at": chosen}, {"eager": chosen}]
+    names = (*(kernel.name for kernel in work.kernels), "torch rms_norm")
+    found, _ = notes(work, eager=names)
+    assert found["by"][chosen]["way"] == "eager" and found["by"][chosen]["median_s"] == 1.0
+
+
 def test_the_far_behind_are_measured_once() -> None:
     seconds = {"quick": 1.0, "near": 2.0, "far": 20.0}
     ready = {name: gpu_clock.Timed(lambda each=each: each, "wall") for name, each in seconds.items()}
@@ -203,7 +214,7 @@ def test_warming_up_runs_every_kernel() -> None:
 
 
 def test_the_roofs_of_a_device_are_measured() -> None:
-    found = gpu_roofs.measure("cpu", scale=256)
+    found = gpu_roofs.measure("cpu")
     assert {"copy", "read", "bf16", "fp32", "fp64"} <= set(found["roofs"])
     assert all(rate > 0 for rate in found["roofs"].values()) and found["launch_s"] > 0
     assert set(found["failed"]) <= {"fp8", "int8", "fp16"}
