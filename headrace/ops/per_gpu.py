@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from headrace.gpu_machine import LAUNCH_SECONDS, Gpu, gpu_of
 from headrace.machine import KernelSpeed, Machine
@@ -41,7 +42,10 @@ def gpu_kernel(
     function: str = "run",
     speed: KernelSpeed = DEFAULT_SPEED,
 ) -> Kernel:
-    """The kernel of that module. `why_not`: its own conditions; arches: beginnings of the generations it is for."""
+    """The kernel of that module. `why_not`: its own conditions; arches: beginnings of the generations it is for.
+
+    speed: until it is measured; its call_s where a launch takes LAUNCH_SECONDS, of which a GPU may have its own.
+    """
     libraries = ("torch",) if module.startswith("headrace.kernels.torch.") else ("torch", "triton")
 
     def reasons(request: Request) -> list[Reason]:
@@ -53,7 +57,8 @@ def gpu_kernel(
 
     def cost(request: Request, machine: Machine | Gpu) -> float:
         gpu = _as_gpu(machine)
-        seconds = predicted_seconds(request, gpu, name, speed, planned(request, gpu))
+        default = replace(speed, call_s=max(speed.call_s + gpu.launch_s - LAUNCH_SECONDS, 0.0))
+        seconds = predicted_seconds(request, gpu, name, default, planned(request, gpu))
         return seconds if request.device != "cpu" else _INTERPRETER_SECONDS + seconds
 
     generation = arches[0] if arches else "gpu"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,12 @@ def test_the_cost_is_that_of_the_roof_which_binds_on_that_gpu() -> None:
     for gpu in (h200, a100):
         compute_s = 10**12 / gpu.roofs["bf16"] / 0.5
         assert found.cost(request(arch=gpu.arch), gpu) == pytest.approx(compute_s * 1.001 + 1e-6)
+
+
+def test_a_launch_takes_what_was_measured_of_that_gpu() -> None:
+    gpu, found = gpu_of("sm_90"), kernel()
+    slow = replace(gpu, launch_s=gpu.launch_s + 1.0)
+    assert found.cost(request(), slow) == pytest.approx(found.cost(request(), gpu) + 1.0)
 
 
 def test_the_plan_is_the_gpus_and_in_the_arithmetic_that_is_asked_for() -> None:
@@ -290,6 +297,24 @@ def without_native(program: str, **environment: str) -> None:
 
 def test_ops_are_there_without_the_native_extension() -> None:
     without_native(WITHOUT_NATIVE)
+
+
+TENSORS_WITHOUT_NATIVE = """
+import sys
+sys.modules["headrace.kernels.cpu._native"] = None
+import torch
+from headrace import ops
+array = torch.randn(1, 5, 2, 8)
+mine = ops.attention(array, array, array, causal=True)
+theirs = torch.nn.functional.scaled_dot_product_attention(*[array.transpose(1, 2)] * 3, is_causal=True)
+torch.testing.assert_close(mine.out, theirs.transpose(1, 2))
+assert not any(kernel.startswith("cpu") for _, kernel in ops.choices())
+assert sys.modules["headrace.kernels.cpu._native"] is None
+"""
+
+
+def test_kernels_over_torch_serve_without_the_native_extension() -> None:
+    without_native(TENSORS_WITHOUT_NATIVE, TRITON_INTERPRET="1")
 
 
 def test_explanations_of_kernels_on_a_gpu_are_a_table() -> None:
