@@ -163,11 +163,13 @@ def bench_gpu(
     repeat: Annotated[int, typer.Option(help="Measurements of each candidate.")] = 7,
     budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")] = 460.0,
     cold: Annotated[bool, typer.Option("--cold", help="Compile each kernel when its turn comes.")] = False,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Keep how fast kernels were: later choices.")] = False,
 ) -> None:
     """The GPU kernels, row by row: checked, timed beside others and the device's roofs, judged by their targets."""
     from headrace.bench.gpu import GpuBench, bench_gpu, list_rows
 
-    plan = GpuBench(words(rows), quick, json, words(peers), repeat, budget, not cold)
+    wanted = (words(rows), quick, json, words(peers))
+    plan = GpuBench(*wanted, repeat=repeat, seconds=budget, warm=not cold, calibrate=calibrate)
     if listed:
         print(list_rows(plan))
         return

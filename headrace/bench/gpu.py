@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.bench.asked_process import ProcessFailed
+from headrace.bench.gpu_calibrate import calibrated
 from headrace.bench.gpu_first import measure_first
 from headrace.bench.gpu_report import Document, block, default_path, summary, verdicts_of
 from headrace.bench.gpu_rows import GpuRow, regret_rows, target_rows
@@ -47,6 +48,7 @@ class GpuBench:
     repeat: int = 7
     seconds: float = 460.0
     warm: bool = True
+    calibrate: bool = False
 
     def __post_init__(self) -> None:
         if self.repeat < 5:
@@ -88,6 +90,8 @@ def bench_gpu(plan: GpuBench, *, progress: ProgressLine, device: str = "cuda") -
         run.begin(machine, plan)
         for stage in ([row for row in rows if row.work != "case"], [row for row in rows if row.work == "case"]):
             run.measure_all(stage, warm=plan.warm)
+        if plan.calibrate:
+            run.calibrate(machine["name"])
         run.end()
     return document.data
 
@@ -173,6 +177,12 @@ class Run:
             return measure_first(row.sizes["op"], self.device, min(row.limit_s, self.budget.left))
         except RuntimeError as error:
             return {"error": str(error)}
+
+    def calibrate(self, device: str) -> None:
+        """Keeps what the rows tell of the kernels' speeds."""
+        found, text = calibrated(self.document.data["rows"], device)
+        self.document.put(calibration=found)
+        print(f"{text}\n")
 
     def end(self) -> None:
         """Regret, and all targets."""

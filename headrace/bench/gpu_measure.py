@@ -13,6 +13,7 @@ from time import monotonic
 from typing import Any
 
 from headrace.bench.asked_process import error_text
+from headrace.bench.gpu_calibrate import told_of
 from headrace.bench.gpu_clock import CaptureFailed, Timed, synchronize, timed
 from headrace.bench.gpu_peers import wanted_peers
 from headrace.bench.gpu_targets import OUT_OF_TIME
@@ -20,6 +21,7 @@ from headrace.bench.gpu_work import Call, GpuWork
 from headrace.bench.regret import regret_of
 from headrace.bench.timing import Spread, alternate
 from headrace.ops.explanation import Explanation, explain_request
+from headrace.ops.select import machine_of
 
 _HOPELESS = 8.0  # times slower in the first sample than the fastest: not measured again
 _FAR_FETCHED = 40.0  # times slower as predicted than the chosen: not measured at all
@@ -123,6 +125,7 @@ def _result(work: GpuWork, told: Explanation, found: Findings, samples: Mapping[
     chosen = told.chosen.kernel if told.chosen else ""
     predicted = {each.kernel: each.predicted_s for each in (told.chosen, *told.able) if each}
     known = {name: seconds for name, seconds in samples.items() if name in predicted}
+    of_name = {kernel.name: kernel for kernel in work.kernels}
     regret = regret_of("", chosen, known) if chosen in known and len(known) > 1 else None
     return {
         "num_bytes": work.num_bytes,
@@ -131,6 +134,7 @@ def _result(work: GpuWork, told: Explanation, found: Findings, samples: Mapping[
         "sets": work.sets,
         "chosen": chosen,
         "predicted_s": predicted,
+        "predictions": {name: told_of(of_name[name], work.request, machine_of(work.request)) for name in known},
         "by": {name: _one(name, seconds, found) for name, seconds in samples.items()},
         "cannot": _reasons(work, told),
         "failed": found.failed,

@@ -55,6 +55,7 @@ def row(sizes: dict[str, Any], without: dict[str, str]) -> dict[str, Any]:
         "sets": 1,
         "chosen": chosen,
         "predicted_s": {"one": 1e-3, "two": 2e-3},
+        "predictions": {name: prediction(name) for name in by},
         "by": by,
         "cannot": {"three": "GPU generation: needs sm_90, got sm_0"},
         "failed": dict(without),
@@ -62,6 +63,11 @@ def row(sizes: dict[str, Any], without: dict[str, str]) -> dict[str, Any]:
         "fastest": "one",
         "beyond_noise": known and chosen != "one",
     }
+
+
+def prediction(name: str) -> dict[str, Any]:
+    counts = {"memory_s": 9e-4, "compute_s": 5e-4, "tiles": 0.0, "segments": 0.0, "merges": 0.0}
+    return {"key": f"paged_attention/{name}/bf16", **counts}
 
 
 def one(seconds: float) -> dict[str, Any]:

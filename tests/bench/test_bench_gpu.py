@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from headrace.bench import gpu, gpu_session
+from headrace.bench import gpu, gpu_calibrate, gpu_session
 from headrace.bench.asked_process import module_command
 from headrace.bench.gpu import GpuBench, bench_gpu, list_rows, rows_of
 from headrace.bench.gpu_rows import GpuRow, regret_rows, target_rows
@@ -209,6 +209,19 @@ def test_what_there_is_no_time_for_is_left_out_and_said(
     _, err, data = run(monkeypatch, capsys, tmp_path / "gpu.json", row("a"), row("b"), cases)
     assert data["left_out"] == dict.fromkeys(("a", "b", "regret_one"), "no time was left") and data["rows"] == {}
     assert "no time was left for 2 rows: headrace bench gpu --rows a,..." in err
+
+
+def test_speeds_are_fitted_and_kept_when_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    kept: list[Any] = []
+    monkeypatch.setattr(gpu_calibrate, "keep_gpu_speeds", lambda *given: kept.append(given))
+    out, _, data = run(monkeypatch, capsys, tmp_path / "gpu.json", row("a"), row("b"), calibrate=True)
+    [(device, speeds)] = kept
+    assert device == "Paper GPU" and set(speeds) == {"paged_attention/one/bf16", "paged_attention/two/bf16"}
+    memory_s, compute_s = 9e-4, 5e-4
+    assert speeds["paged_attention/two/bf16"].seconds(memory_s, compute_s) == pytest.approx(2e-3, rel=0.05)
+    assert data["calibration"]["paged_attention/one/bf16"]["cases"] == 2 and "paged_attention/one/bf16" in out
 
 
 @pytest.mark.slow

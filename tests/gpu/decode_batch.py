@@ -18,10 +18,10 @@ from headrace.ops.attention_options import AttentionResult
 from headrace.ops.attention_request import kernels
 from headrace.ops.select import machine_of
 
-# Lengths that take as many pages of 16 in all, and as many of the longest: their arrays have the same shapes.
+# Lengths that take as many pages of 16 (and of 64) in all, and as many of the longest: arrays of the same shapes.
 LENGTHS = ((300, 17, 64, 129), (129, 20, 290, 50), (18, 140, 60, 304), (140, 304, 17, 49))
 GQA = paged("gqa", (1,) * 4, LENGTHS[0], **heads(8, 2, 128))
-LATENT = paged("latent", (1,) * 4, LENGTHS[0], **heads(16, 1, 576, 512))
+LATENT = paged("latent", (1,) * 4, LENGTHS[0], page_size=64, **heads(16, 1, 576, 512))
 CASES = {"paged": GQA, "latent": LATENT}
 
 
