@@ -1,7 +1,8 @@
-"""Rotary positions: what turns how far. (The turning is fused into `append_pages.py`.)
+"""Rotary positions: what turns how far, and the turning. (In a model that is part of `append_pages`.)
 
     inverse_frequencies(config) -> w [rotary_dim / 2]                      theta^(-2i / rotary_dim), scaled
     rope_table(positions [tokens], w) -> [tokens, rotary_dim]              cos(p w_i), then sin(p w_i), times magnitude
+    rotate(x [tokens, heads, head_dim], table) -> like x                   the first rotary_dim columns in pairs
     rotated pair (a, b) = (a cos - b sin, b cos + a sin)
 
 Pairs are (2i, 2i + 1) when interleaved, else (i, i + rotary_dim / 2). The table is made once per step for all layers.
@@ -13,16 +14,21 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from headrace.config import RopeConfig
 from headrace.errors import ArgumentError
-from headrace.kernels.arrays import check_same_device, shape_of
+from headrace.kernels.arrays import check_same_device, check_writable, dtype_name, empty_like, shape_of
+from headrace.ops import gpu_rows
 from headrace.ops.late import late
 from headrace.ops.per_isa import per_isa
+from headrace.ops.per_numpy import numpy_kernel
 from headrace.ops.select import Kernel, Request, Traffic, choose, placed
+
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 def inverse_frequencies(config: RopeConfig, factors: np.ndarray | None = None) -> np.ndarray:
@@ -97,6 +103,40 @@ def rope_table(
     return run(positions, inverse_frequencies, float(magnitude), out)
 
 
+def rotate(x: Any, table: Any, *, interleaved: bool = True, out: Any = None, kernel: str | None = None) -> Any:
+    """Heads turned by their token's row of the table; columns from rotary_dim on stay as they are.
+
+    x: [tokens, heads, head_dim] float32, float16 or bfloat16; table: from `rope_table`, [tokens, rotary_dim] float32;
+    pairs are (2i, 2i + 1) when interleaved, else (i, i + rotary_dim / 2). out: the like of x, new when None; x itself
+    turns it in place. Raises ArgumentError for what does not fit.
+    """
+    arrays = {"x": x, "table": table} | ({} if out is None else {"out": out})
+    check_same_device(arrays)
+    asked = placed(rotate_request({name: shape_of(array, name) for name, array in arrays.items()}, dtype_name(x)), x)
+    if dtype_name(table) != "float32" or (out is not None and dtype_name(out) not in DTYPES):
+        raise ArgumentError(f"table: expected float32, and out of {', '.join(DTYPES)}, got {dtype_name(table)}")
+    chosen = choose(rotate_kernels(), asked, kernel)
+    out = empty_like(x, asked.shapes["x"], dtype_name(x)) if out is None else out
+    check_writable(out, "out")
+    chosen.run(x, table, bool(interleaved), out)
+    return out
+
+
+def rotate_request(shapes: Mapping[str, tuple[int, ...]], dtype: str = "float32") -> Request:
+    """The request of rotate, by its checks: x is read and written once."""
+    x, table = shapes["x"], shapes["table"]
+    if len(x) != 3 or dtype not in DTYPES:
+        raise ArgumentError(f"x: expected [tokens, heads, head_dim] of {', '.join(DTYPES)}, got {dtype} {list(x)}")
+    if len(table) != 2 or table[0] != x[0] or table[1] % 2 or not 2 <= table[1] <= x[2]:
+        text = f"table: expected [{x[0]}, rotary_dim] with an even rotary_dim of 2 to {x[2]}, got {list(table)}"
+        raise ArgumentError(text)
+    if shapes.get("out", x) != x:
+        raise ArgumentError(f"out: expected {list(x)}, got {list(shapes['out'])}")
+    elements = math.prod(x)
+    traffic = Traffic(2 * elements * (4 if dtype == "float32" else 2) + 4 * math.prod(table), 3 * elements)
+    return Request("rotate", shapes, {"x": dtype}, traffic)
+
+
 def table_reference(positions: np.ndarray, inverse_frequencies: np.ndarray, magnitude: float = 1.0) -> np.ndarray:
     """The table in float64."""
     angles = positions.astype(np.float64)[:, None] * inverse_frequencies.astype(np.float64)
@@ -118,5 +158,11 @@ def rotate_reference(x: np.ndarray, table: np.ndarray, interleaved: bool) -> np.
 
 @functools.cache
 def table_kernels() -> tuple[Kernel, ...]:
-    """The kernels of rope_table: one, since it is libm's double precision that counts."""
-    return per_isa(late("headrace.kernels.cpu.rope", "run_table"), ("portable",))
+    """The kernels of rope_table: one on the CPU, since it is libm's double precision that counts."""
+    return *gpu_rows.table_kernels(), *per_isa(late("headrace.kernels.cpu.rope", "run_table"), ("portable",))
+
+
+@functools.cache
+def rotate_kernels() -> tuple[Kernel, ...]:
+    """The kernels of rotate."""
+    return *gpu_rows.rotate_kernels(), numpy_kernel("numpy_rope", "headrace.kernels.numpy.rope", "run_rotate")

@@ -26,7 +26,8 @@ import numpy as np
 
 from headrace.config import SamplingParams
 from headrace.errors import ArgumentError
-from headrace.kernels.arrays import dtype_name, shape_of
+from headrace.kernels.arrays import dtype_name, empty_like, shape_of
+from headrace.ops import gpu_rows
 from headrace.ops.late import late
 from headrace.ops.per_isa import per_isa
 from headrace.ops.select import Kernel, Request, Traffic, choose, placed
@@ -46,19 +47,22 @@ def sample(
     prompt_ids: TokenIds | None = None,
     answer_ids: TokenIds | None = None,
     kernel: str | None = None,
-) -> np.ndarray:
-    """Token ids, int32 [rows], one for each row of logits.
+) -> Any:
+    """Token ids, int32 [rows], one for each row of logits: of NumPy, or on the GPU that holds the logits.
 
     logits: [rows, vocab] float32; -inf excludes a token. params, seeds and steps: one per row; `params[i].seed` is not
     looked at. prompt_ids, answer_ids: what each row has seen, for the penalties; not read without them. Raises
-    ArgumentError when a row holds NaN or +inf or nothing above -inf, and for numbers out of range.
+    ArgumentError when a row holds NaN or +inf or nothing above -inf, and for numbers out of range. A GPU is not waited
+    for: there such a row draws NO_TOKEN.
     """
     shape = shape_of(logits, "logits")
     asked = placed(request(shape, dtype_name(logits)), logits)
     _check(asked, params=params, seeds=seeds, steps=steps, prompt_ids=prompt_ids, answer_ids=answer_ids)
     counts = token_counts(params, prompt_ids, answer_ids)
-    out = np.empty(len(params), np.int32)
+    out: Any = np.empty(len(params), np.int32) if asked.device == "cpu" else empty_like(logits, shape[:1], "int32")
     choose(kernels(), asked, kernel).run(logits, settings(params, seeds, steps), counts, out)
+    if asked.device != "cpu":
+        return out
     for row in np.flatnonzero(out == NO_TOKEN).tolist():
         seen = [ids[row] if ids is not None else () for ids in (prompt_ids, answer_ids)]
         with np.errstate(all="ignore"):
@@ -66,11 +70,11 @@ def sample(
     return out
 
 
-def sample_rows(logits: Any, settings: Sequence[np.ndarray], out: np.ndarray) -> None:
+def sample_rows(logits: Any, settings: Sequence[Any], out: Any) -> None:
     """The draws without penalties, as an op of a program: when it runs, the ids of the logits' rows go to `out`.
 
-    settings: as `settings` makes them, read at each run; a row whose step is NOT_DRAWN is left out. What
-    `sample` refuses draws NO_TOKEN: one row must not end the step of the others.
+    settings: as `settings` makes them, on a GPU tensors of these, read at each run; a row whose step is NOT_DRAWN is
+    left out. What `sample` refuses draws NO_TOKEN: one row must not end the step of the others.
     """
     asked = placed(request(shape_of(logits, "logits"), dtype_name(logits)), logits)
     choose(kernels(), asked).run(logits, settings, None, out)
@@ -225,4 +229,4 @@ def _check(asked: Request, **rows: Sequence[Any] | None) -> None:
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of this op, imported when first run."""
-    return per_isa(late("headrace.kernels.cpu.sampling"))
+    return *gpu_rows.sampling_kernels(), *per_isa(late("headrace.kernels.cpu.sampling"))

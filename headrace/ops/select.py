@@ -169,6 +169,7 @@ def reasons_against(
 def choose(kernels: Sequence[Kernel], request: Request, name: str | None = None, require: Sequence[str] = ()) -> Kernel:
     """The cheapest kernel that can run and has all that is required; with a name that one. It is counted.
 
+    What runs in an interpreter of GPU kernels is taken by name alone.
     require: names out of REQUIREMENTS. Raises KernelError with the whole explanation when there is no such kernel.
     """
     require = checked_requirements(require)
@@ -176,7 +177,8 @@ def choose(kernels: Sequence[Kernel], request: Request, name: str | None = None,
     able = [
         kernel
         for kernel in kernels
-        if (name is None or kernel.name == name) and not reasons_against(kernel, request, require, machine)
+        if (kernel.name == name or (name is None and request.device in kernel.devices))
+        and not reasons_against(kernel, request, require, machine)
     ]
     if not able:
         raise _no_kernel(kernels, request, name, require)

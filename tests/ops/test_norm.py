@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from headrace.check import cases
+from headrace.check.codes import assert_codes_follow
 from headrace.check.compare import assert_within_budget, poisoned, rounded
 from headrace.errors import ArgumentError, KernelError
 from headrace.kernels import cpu
@@ -103,3 +104,24 @@ def test_a_row_does_not_depend_on_its_neighbours_and_the_kernels_say_so():
         alone = [norm.rms_norm(x[row : row + 1], weight, kernel=kernel.name)[0] for row in range(len(x))]
         assert np.array_equal(together, np.stack(alone))
     assert choose(norm.kernels(), norm.request(x.shape), require=("batch_invariant", "exact", "no_copy"))
+
+
+@pytest.mark.parametrize("codes", norm.CODES)
+@pytest.mark.parametrize("dtype", norm.DTYPES)
+@pytest.mark.parametrize("case", [case for case in cases.NORM if case.tokens < 100], ids=lambda case: case.name)
+def test_codes_are_those_of_the_formula(case, dtype, codes):
+    random = np.random.default_rng(case.dim)
+    x = rounded(random.standard_normal((case.tokens, case.dim)) * case.scale, dtype)
+    weight = random.standard_normal(case.dim).astype(np.float32)
+    found = norm.rms_norm_quantized(x, weight, eps=1e-5, dtype=codes, kernel="numpy_norm_quantized")
+    assert_codes_follow(found, x, weight, codes)
+
+
+def test_rows_without_a_scale_have_codes_of_zero():
+    x = np.array([[0, 0], [1, np.nan], [np.inf, 1], [3, 4]], np.float32)
+    with np.errstate(all="ignore"):
+        found = norm.rms_norm_quantized(x, np.ones(2, np.float32))
+    assert found.codes.tolist() == [[0, 0], [0, 0], [0, 0], [95, 127]]
+    assert found.scales[0] == 0 and np.isnan(found.scales[1:3]).all()
+    with pytest.raises(ArgumentError, match="dtype: expected one of int8"):
+        norm.rms_norm_quantized(x, np.ones(2, np.float32), dtype="int4")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from headrace.check.compare import assert_within_budget, poisoned
+from headrace.check.compare import assert_within_budget, poisoned, rounded
 from headrace.config import RopeConfig
 from headrace.errors import ArgumentError
 from headrace.ops import rope
@@ -89,4 +89,36 @@ def test_table_is_exact_at_any_position(dtype):
 def test_configs_that_make_no_sense_are_named(changes, text):
     with pytest.raises(ArgumentError) as caught:
         rope.inverse_frequencies(RopeConfig(**({"rotary_dim": 64} | changes)))
+    assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", rope.DTYPES)
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("rotary_dim", [2, 34, 80])
+def test_heads_are_turned_in_place_and_elsewhere(rotary_dim, interleaved, dtype):
+    random = np.random.default_rng(rotary_dim)
+    x = rounded(random.standard_normal((5, 3, 90)), dtype)[:, :, 5:85]
+    table = rope.table_reference(np.arange(5) * 7, rope.inverse_frequencies(RopeConfig(rotary_dim=rotary_dim)))
+    table = table.astype(np.float32)
+    exact = rope.rotate_reference(x, table, interleaved)
+    straightforward = rope.rotate_reference(x, table, interleaved).astype(np.float32).astype(x.dtype)
+    assert_within_budget(rope.rotate(x, table, interleaved=interleaved), exact, straightforward, dtype)
+    assert rope.rotate(x, table, interleaved=interleaved, out=x) is x
+    assert_within_budget(x, exact, straightforward, dtype)
+
+
+@pytest.mark.parametrize(
+    "changes,text",
+    [
+        ({"x": np.zeros((2, 8), np.float32)}, "x: expected [tokens, heads, head_dim]"),
+        ({"table": np.zeros((2, 10), np.float32)}, "table: expected [2, rotary_dim]"),
+        ({"table": np.zeros((3, 8), np.float32)}, "table: expected [2, rotary_dim]"),
+        ({"table": np.zeros((2, 8))}, "table: expected float32"),
+        ({"out": np.zeros((2, 1, 7), np.float32)}, "out: expected [2, 1, 8]"),
+    ],
+)
+def test_rotations_that_make_no_sense_are_named(changes, text):
+    call = {"x": np.zeros((2, 1, 8), np.float32), "table": np.zeros((2, 8), np.float32)} | changes
+    with pytest.raises(ArgumentError) as caught:
+        rope.rotate(call.pop("x"), call.pop("table"), **call)
     assert text in str(caught.value)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from headrace.check import cases
-from headrace.check.compare import ROUNDING
+from headrace.check.draws import assert_draws_follow, row_of
 from headrace.config import SamplingParams
 from headrace.errors import ArgumentError, HeadraceError
 from headrace.kernels.cpu import _native as native
@@ -24,25 +24,6 @@ def draws(logits, params, *, count=DRAWS, seed=7, prompt=(), answer=(), kernel=N
     rows = np.broadcast_to(logits, (count, len(logits))).copy()
     seen = {"prompt_ids": [prompt] * count, "answer_ids": [answer] * count}
     return sampling.sample(rows, [params] * count, seeds=[seed] * count, steps=range(count), kernel=kernel, **seen)
-
-
-def row_of(case):
-    random = np.random.default_rng(case.vocab)
-    x = (random.standard_normal(case.vocab) * case.spread).astype(np.float32)
-    x = np.round(x * case.levels) / np.float32(case.levels) if case.levels else x
-    x[random.random(case.vocab) < case.excluded] = -np.inf
-    return x if np.isfinite(x).any() else np.zeros_like(x)
-
-
-def assert_draws_follow(tokens, exact, straightforward, seed=7):
-    """Each token is where u falls among the exact sums, give or take the error of a float32 computation."""
-    sums = np.cumsum(exact)
-    error = np.max(np.abs(np.cumsum(straightforward, dtype=np.float64) - sums))
-    allowed = 2 * (error + ROUNDING["float32"])
-    for step, token in enumerate(tokens):
-        u = sampling.uniform(seed, step)
-        assert exact[token] > 0, f"step {step} drew {token}, which is excluded"
-        assert sums[token] - exact[token] - allowed <= u < sums[token] + allowed, f"step {step} drew {token} for {u}"
 
 
 @pytest.mark.parametrize("params", cases.SAMPLING_PARAMS, ids=lambda case: case.name)

@@ -1,0 +1,1 @@
+"""Kernels in NumPy, for ops without native ones: they run everywhere, correctly, and are not fast."""

@@ -1,0 +1,60 @@
+"""The GPU kernels of what works row by row: norms, rotary positions, rows of tables, sampling."""
+
+from __future__ import annotations
+
+from headrace.ops.per_gpu import GENERATION, gpu_kernel
+from headrace.ops.select import Kernel, Plan, Reason, Request
+
+# Of a row of logits: numbers of tokens, counted in int32, times segments.
+MOST_LOGITS = 1 << 24
+
+
+def norm_kernels() -> tuple[Kernel, ...]:
+    """rms_norm."""
+    return (gpu_kernel("triton_norm", "headrace.kernels.triton.norm", _nothing, by_row),)
+
+
+def quantized_norm_kernels() -> tuple[Kernel, ...]:
+    """rms_norm into codes."""
+    module = "headrace.kernels.triton.norm"
+    return (gpu_kernel("triton_norm_quantized", module, _float8_codes, by_row, function="run_quantized"),)
+
+
+def table_kernels() -> tuple[Kernel, ...]:
+    """rope_table."""
+    return (gpu_kernel("triton_rope", "headrace.kernels.triton.rope", _nothing, by_row, function="run_table"),)
+
+
+def rotate_kernels() -> tuple[Kernel, ...]:
+    """rotate."""
+    return (gpu_kernel("triton_rope", "headrace.kernels.triton.rope", _nothing, by_row, function="run_rotate"),)
+
+
+def row_kernels() -> tuple[Kernel, ...]:
+    """embedding of floats, and select_rows."""
+    return (gpu_kernel("triton_embedding", "headrace.kernels.triton.embedding", _nothing, by_row),)
+
+
+def sampling_kernels() -> tuple[Kernel, ...]:
+    """sample."""
+    return (gpu_kernel("triton_sampling", "headrace.kernels.triton.sampling", _vocabulary, by_row),)
+
+
+def by_row(request: Request, gpu: object) -> Plan:
+    """Every row on its own, in an order that follows from its length."""
+    return Plan(workers=getattr(gpu, "multiprocessors", 1), batch_invariant=True)
+
+
+def _nothing(request: Request) -> list[Reason]:
+    return []
+
+
+def _vocabulary(request: Request) -> list[Reason]:
+    vocab = request.shapes["logits"][1]
+    return [Reason("vocab", str(vocab), f"at most {MOST_LOGITS}")] if vocab > MOST_LOGITS else []
+
+
+def _float8_codes(request: Request) -> list[Reason]:
+    if request.dtypes["codes"] != "float8_e4m3fn" or not request.arch.startswith(("sm_80", "sm_86", "sm_87", "gfx90")):
+        return []
+    return [Reason(GENERATION, request.arch, "one that converts to float8", 'dtype="int8"')]
