@@ -67,6 +67,8 @@ def test_the_version_is_that_of_the_package():
 NAMES_OF_OPS = [
     "AttentionGradients",
     "AttentionResult",
+    "QuantizedRows",
+    "Routing",
     "append_latent_pages",
     "append_pages",
     "attention",
@@ -74,9 +76,16 @@ NAMES_OF_OPS = [
     "choices",
     "explain",
     "merge_attention",
+    "mixture_of_experts",
     "mla_attention",
     "paged_attention",
     "reset_choices",
+    "rms_norm",
+    "rms_norm_quantized",
+    "rope_table",
+    "rotate",
+    "route",
+    "sample",
 ]
 
 

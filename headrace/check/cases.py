@@ -163,3 +163,57 @@ APPEND_LATENT = (
     AppendLatentCase("odd_widths", 3, 45, 6, 5, 17),
     AppendLatentCase("no_tokens", 2, 32, 16, 16, 0),
 )
+
+
+@dataclass(frozen=True)
+class MoeCase:
+    """`elsewhere`: the share of a token's experts that live on another device."""
+
+    name: str
+    tokens: int
+    dim: int
+    ffn_dim: int
+    experts: int
+    top_k: int
+    elsewhere: float = 0.0
+
+
+MOE = (
+    MoeCase("one", 1, 1, 1, 1, 1),
+    MoeCase("one_token", 1, 72, 40, 8, 2),
+    MoeCase("few_tokens", 4, 33, 65, 5, 3, elsewhere=0.3),
+    MoeCase("more_tokens", 5, 70, 48, 6, 2),
+    MoeCase("all_experts", 9, 40, 24, 4, 4),
+    MoeCase("many_experts", 13, 32, 16, 60, 4, elsewhere=0.2),
+    MoeCase("tile", 16, 64, 32, 1, 1),
+    MoeCase("over_tile", 17, 64, 32, 1, 1),
+    MoeCase("crowded", 150, 24, 17, 3, 2),
+    MoeCase("nothing_here", 6, 16, 16, 2, 1, elsewhere=1.0),
+    MoeCase("no_tokens", 0, 32, 16, 4, 2),
+)
+
+
+@dataclass(frozen=True)
+class RouteCase:
+    name: str
+    tokens: int
+    experts: int
+    top_k: int
+    scores: str = "softmax"
+    bias: bool = False
+    normalize: bool = True
+    scale: float = 1.0
+    num_groups: int = 1
+    top_groups: int = 1
+
+
+ROUTE = (
+    RouteCase("one", 1, 1, 1),
+    RouteCase("mixtral", 37, 8, 2),
+    RouteCase("all", 5, 7, 7, normalize=False),
+    RouteCase("qwen3", 19, 128, 8),
+    RouteCase("deepseek_v3", 9, 256, 8, "sigmoid", True, True, 2.5, 8, 4),
+    RouteCase("groups_of_one", 6, 5, 2, "sigmoid", True, False, 0.5, 5, 3),
+    RouteCase("odd_groups", 4, 21, 3, "softmax", False, True, 1.0, 7, 2),
+    RouteCase("no_tokens", 0, 16, 2),
+)

@@ -1,7 +1,7 @@
 """WHAT is computed: one file per operation, each with its reference, checks, traffic and kernels.
 
-The names below are the library on its own, without the engine: attention in all its forms, what goes with it, and what
-tells why a kernel was chosen. They are imported when first asked for.
+The names below are the library on its own, without the engine: attention in all its forms, what else a layer and a
+draw are made of, and what tells why a kernel was chosen. They are imported when first asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 _HOMES = {
     "AttentionGradients": "headrace.ops.attention_gradients",
     "AttentionResult": "headrace.ops.attention_options",
+    "QuantizedRows": "headrace.ops.norm",
+    "Routing": "headrace.ops.moe",
     "append_latent_pages": "headrace.ops.page_append",
     "append_pages": "headrace.ops.page_append",
     "attention": "headrace.ops.attention_dense",
@@ -20,14 +22,23 @@ _HOMES = {
     "choices": "headrace.ops.select",
     "explain": "headrace.ops.call_request",
     "merge_attention": "headrace.ops.attention_merge",
+    "mixture_of_experts": "headrace.ops.moe",
     "mla_attention": "headrace.ops.attention_latent",
     "paged_attention": "headrace.ops.attention_paged",
     "reset_choices": "headrace.ops.select",
+    "rms_norm": "headrace.ops.norm",
+    "rms_norm_quantized": "headrace.ops.norm",
+    "rope_table": "headrace.ops.rope",
+    "rotate": "headrace.ops.rope",
+    "route": "headrace.ops.moe",
+    "sample": "headrace.ops.sampling",
 }
 
 __all__ = [
     "AttentionGradients",
     "AttentionResult",
+    "QuantizedRows",
+    "Routing",
     "append_latent_pages",
     "append_pages",
     "attention",
@@ -35,9 +46,16 @@ __all__ = [
     "choices",
     "explain",
     "merge_attention",
+    "mixture_of_experts",
     "mla_attention",
     "paged_attention",
     "reset_choices",
+    "rms_norm",
+    "rms_norm_quantized",
+    "rope_table",
+    "rotate",
+    "route",
+    "sample",
 ]
 
 
