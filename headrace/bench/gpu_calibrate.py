@@ -15,15 +15,16 @@ from headrace.bench.calibrate import Sample
 from headrace.bench.report import table
 from headrace.gpu_machine import keep_gpu_speeds
 from headrace.machine import KernelSpeed
+from headrace.ops.per_gpu import roof_seconds
 
 _COUNTS = ("memory_s", "compute_s", "tiles", "segments", "merges")
 
 
 def told_of(kernel: Any, request: Any, machine: Any) -> dict[str, Any]:
     """What a kernel's prediction is made of, as a worker tells it: the key of its speed, and counts."""
-    plan, traffic = kernel.planned(request, machine), request.traffic
-    unit = plan.arithmetic or traffic.unit
-    memory_s, compute_s = machine.seconds(traffic.num_bytes, traffic.flops, unit)
+    plan = kernel.planned(request, machine)
+    unit = plan.arithmetic or request.traffic.unit
+    memory_s, compute_s = roof_seconds(request, machine, plan)
     counts = (memory_s, compute_s, plan.tiles, plan.segments, plan.merges)
     return {"key": f"{request.op}/{kernel.name}/{unit}", **dict(zip(_COUNTS, counts, strict=True))}
 

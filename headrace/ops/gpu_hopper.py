@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from headrace.gpu_machine import LAUNCH_SECONDS, Gpu
 from headrace.machine import KernelSpeed
-from headrace.ops.per_gpu import gpu_kernel, gpu_plan
+from headrace.ops.per_gpu import gpu_kernel, gpu_plan, tiled_plan
 from headrace.ops.select import Kernel, Plan, Reason, Request
 
 TYPES = ("bfloat16", "float16")
@@ -15,6 +15,7 @@ _PORTABLE = "Triton's kernels take it"
 # Shares of the measured roofs that the schedules are expected to reach: 650 of 790 TFLOP/s, 600 of them in MLA.
 _ATTENTION_SPEED = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.82, read=0.85)
 _MLA_SPEED = KernelSpeed(2 * LAUNCH_SECONDS, arithmetic=0.76, read=0.9)
+_ATTENTION_ROWS = 128
 _MLA_TILE, _MLA_KEY_DIM, _MLA_VALUE_DIM, _MLA_BLOCK = 64, 576, 512, 64
 
 
@@ -25,6 +26,7 @@ def kernels() -> tuple[Kernel, ...]:
             "gluon_attention",
             "headrace.kernels.gluon.attention",
             why_not_attention,
+            _attention_plan,
             arches=("sm_90",),
             speed=_ATTENTION_SPEED,
         ),
@@ -91,6 +93,11 @@ def _why_not_options(request: Request) -> list[Reason]:
     if request.options["softcap"] is not None:
         return [Reason("softcap", str(request.options["softcap"]), "none", _PORTABLE)]
     return []
+
+
+def _attention_plan(request: Request, gpu: Gpu) -> Plan:
+    """A tile of 128 rows of one head for each program, however few there are."""
+    return tiled_plan(request, gpu, rows=_ATTENTION_ROWS)
 
 
 def _mla_plan(request: Request, gpu: Gpu) -> Plan:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from headrace.gpu_machine import Gpu, gpu_of
 from headrace.machine import KernelSpeed
-from headrace.ops.per_gpu import gpu_kernel, gpu_plan
+from headrace.ops.per_gpu import Planner, gpu_kernel, gpu_plan, tiled_plan
 from headrace.ops.select import Kernel, Plan, Reason, Request
 
 MODULE = "headrace.kernels.torch.attention"
@@ -30,13 +31,14 @@ Check = Callable[[Request], Said]
 def kernels() -> tuple[Kernel, ...]:
     """Those of dense attention."""
     return (
-        _kernel("torch_cudnn", "run_cudnn", _why_not_cudnn, KernelSpeed(20e-6, arithmetic=0.7, read=0.6)),
-        _kernel("torch_flash", "run_flash", _why_not_flash, KernelSpeed(15e-6, arithmetic=0.48, read=0.6)),
-        _kernel("torch_efficient", "run_efficient", _why_not_efficient, KernelSpeed(15e-6, arithmetic=0.3, read=0.5)),
+        _fused_kernel("cudnn", _why_not_cudnn, _tiles_of_128, KernelSpeed(20e-6, arithmetic=0.7, read=0.6)),
+        _fused_kernel("flash", _why_not_flash, _flash_plan, KernelSpeed(15e-6, arithmetic=0.48, read=0.6)),
+        _fused_kernel("efficient", _why_not_efficient, _tiles_of_64, KernelSpeed(15e-6, arithmetic=0.3, read=0.5)),
         gpu_kernel(
             "torch_flex",
             "headrace.kernels.torch.flex_attention",
             _all_of(_dense, _plain, _why_not_flex),
+            _tiles_of_128,
             speed=KernelSpeed(60e-6, arithmetic=0.45, read=0.5),
         ),
         gpu_kernel(
@@ -50,9 +52,10 @@ def kernels() -> tuple[Kernel, ...]:
     )
 
 
-def _kernel(name: str, function: str, check: Check, speed: KernelSpeed) -> Kernel:
-    """A fused backend of SDPA."""
-    return gpu_kernel(name, MODULE, _all_of(_dense, _plain, _fused, check), function=function, speed=speed)
+def _fused_kernel(backend: str, check: Check, plan: Planner, speed: KernelSpeed) -> Kernel:
+    """One of SDPA's fused backends."""
+    why_not = _all_of(_dense, _plain, _fused, check)
+    return gpu_kernel(f"torch_{backend}", MODULE, why_not, plan, function=f"run_{backend}", speed=speed)
 
 
 def _all_of(*checks: Check) -> Callable[[Request], list[Reason]]:
@@ -177,7 +180,18 @@ def _head_dim(request: Request, most: float, multiple: int) -> Said:
         yield Reason("head_dim", str(head_dim), f"a multiple of {multiple}", "torch would pad it, which is a copy")
 
 
-# What the whole matrix costs
+# How they go about it
+
+
+def _flash_plan(request: Request, gpu: Gpu) -> Plan:
+    """One query is decode: heads of a group share a tile, and keys are divided over all multiprocessors."""
+    if request.shapes["query"][1] > 1:
+        return _tiles_of_128(request, gpu)
+    return replace(tiled_plan(request, gpu, rows=64, packed=True), workers=gpu.multiprocessors)
+
+
+_tiles_of_128 = functools.partial(tiled_plan, rows=128)
+_tiles_of_64 = functools.partial(tiled_plan, rows=64)
 
 
 def _scores(request: Request) -> int:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from headrace.gpu_machine import LAUNCH_SECONDS, Gpu, gpu_of
 from headrace.machine import KernelSpeed, Machine
 from headrace.ops.late import late
-from headrace.ops.per_isa import DEVICE, predicted_seconds
+from headrace.ops.per_isa import DEVICE
 from headrace.ops.select import Kernel, Plan, Reason, Request
 
 LIBRARY = "library"  # the predicate of a missing one
@@ -26,6 +26,7 @@ GENERATION = "GPU generation"  # and of another GPU
 DEFAULT_SPEED = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.6, read=0.85)
 # NumPy in the place of a GPU: longer than anything that a kernel of the CPU takes.
 _INTERPRETER_SECONDS = 1e15
+_ALONE = 1.5  # times its share of the bandwidth that one multiprocessor can have where others are idle
 _OLDEST = 80  # compute capability of all kernels here: bfloat16 products
 
 Conditions = Callable[[Request], Sequence[Reason]]
@@ -58,7 +59,7 @@ def gpu_kernel(
     def cost(request: Request, machine: Machine | Gpu) -> float:
         gpu = _as_gpu(machine)
         default = replace(speed, call_s=max(speed.call_s + gpu.launch_s - LAUNCH_SECONDS, 0.0))
-        seconds = predicted_seconds(request, gpu, name, default, planned(request, gpu))
+        seconds = _predicted_seconds(request, gpu, name, default, plan=planned(request, gpu))
         return seconds if request.device != "cpu" else _INTERPRETER_SECONDS + seconds
 
     generation = arches[0] if arches else "gpu"
@@ -68,6 +69,27 @@ def gpu_kernel(
 def _as_gpu(machine: Machine | Gpu) -> Gpu:
     """In the interpreter the GPU is the one that stands for the usual generation."""
     return machine if isinstance(machine, Gpu) else gpu_of("sm_90")
+
+
+def _predicted_seconds(request: Request, gpu: Gpu, name: str, default: KernelSpeed, *, plan: Plan) -> float:
+    """By the kernel's speed as calibrated on that GPU, or by its default."""
+    key = f"{request.op}/{name}/{plan.arithmetic or request.traffic.unit}"
+    speed = gpu.calibration.get(key, default)
+    seconds = speed.seconds(*roof_seconds(request, gpu, plan))
+    return seconds + plan.tiles * speed.tile_s + plan.segments * speed.segment_s + plan.merges * speed.merge_s
+
+
+def roof_seconds(request: Request, machine: Machine | Gpu, plan: Plan) -> tuple[float, float]:
+    """Memory's and arithmetic's least time by the roofs, of a kernel that keeps so many multiprocessors busy.
+
+    Of fewer than all each has its share of the arithmetic, and what it can keep under way of the bandwidth.
+    """
+    traffic = request.traffic
+    memory_s, compute_s = machine.seconds(traffic.num_bytes, traffic.flops, plan.arithmetic or traffic.unit)
+    if not isinstance(machine, Gpu):
+        return memory_s, compute_s
+    busy = min(plan.workers / machine.multiprocessors, 1.0)
+    return memory_s / min(_ALONE * busy, 1.0), compute_s * plan.padding / busy
 
 
 # Where it runs
@@ -116,6 +138,21 @@ def gpu_plan(request: Request, gpu: Gpu) -> Plan:
     arithmetic = arithmetic_of(request.dtypes, asked["precision"], request.device) if "precision" in asked else ""
     invariant = bool(asked.get("deterministic"))
     return Plan(workers=gpu.multiprocessors, arithmetic=arithmetic, batch_invariant=invariant)
+
+
+def tiled_plan(request: Request, gpu: Gpu, *, rows: int, packed: bool = False) -> Plan:
+    """The plan of dense or ragged attention with a program for each tile of so many query rows, keys not divided.
+
+    packed: a tile has rows of all heads that read the same keys.
+    """
+    query, kv_heads = request.shapes["query"], request.shapes["key"][-2]
+    dense = len(query) == 4
+    requests = query[0] if dense else max(request.shapes["query_starts"][0] - 1, 1)
+    queries, group = query[1] if dense else -(-query[0] // requests), query[-2] // kv_heads
+    own, heads = (queries * group, kv_heads) if packed else (queries, query[-2])
+    tiles = -(-own // rows)
+    workers = min(max(requests * heads * tiles, 1), gpu.multiprocessors)
+    return replace(gpu_plan(request, gpu), workers=workers, padding=max(tiles * rows / max(own, 1), 1.0))
 
 
 def arithmetic_of(dtypes: Mapping[str, str], precision: str, device: str) -> str:

@@ -83,6 +83,7 @@ class Plan:
     batch_invariant: bool = False  # bits depend on neither neighbours, chunking nor threads
     copies: bool = False  # inputs are converted or repacked in memory first
     arithmetic: str = ""  # what products and sums are done in; empty: the unit of the request's traffic
+    padding: float = 1.0  # products computed for each one asked for: tiles are not always full
     tiles: float = 0.0
     segments: float = 0.0
     merges: float = 0.0

@@ -20,7 +20,7 @@ from headrace.kernels import arrays
 from headrace.machine import KernelSpeed, this_machine
 from headrace.ops.call_request import requests_of
 from headrace.ops.explanation import explain_request
-from headrace.ops.per_gpu import arithmetic_of, gpu_kernel
+from headrace.ops.per_gpu import arithmetic_of, gpu_kernel, roof_seconds, tiled_plan
 from headrace.ops.per_isa import per_isa
 from headrace.ops.select import Plan, Reason, Request, Traffic, choose, machine_of
 
@@ -121,6 +121,32 @@ def test_a_launch_takes_what_was_measured_of_that_gpu() -> None:
     gpu, found = gpu_of("sm_90"), kernel()
     slow = replace(gpu, launch_s=gpu.launch_s + 1.0)
     assert found.cost(request(), slow) == pytest.approx(found.cost(request(), gpu) + 1.0)
+
+
+def test_few_programs_get_a_part_of_the_roofs_and_empty_rows_cost_as_full_ones_do() -> None:
+    gpu, asked = gpu_of("sm_90"), request()
+    whole = roof_seconds(asked, gpu, Plan(workers=gpu.multiprocessors))
+    few = roof_seconds(asked, gpu, Plan(workers=gpu.multiprocessors // 4, padding=3.0))
+    assert whole == gpu.seconds(asked.traffic.num_bytes, asked.traffic.flops, "bf16")
+    assert few[0] == pytest.approx(whole[0] / 1.5 * 4) and few[1] == pytest.approx(whole[1] * 3 * 4)
+    assert roof_seconds(asked, gpu, Plan(workers=10**6)) == whole
+
+
+@pytest.mark.parametrize(
+    "shapes,packed,workers,padding",
+    [
+        (((2, 1, 32, 64), (2, 900, 8, 64)), False, 64, 128.0),
+        (((2, 1, 32, 64), (2, 900, 8, 64)), True, 16, 32.0),
+        (((1, 130, 4, 64), (1, 130, 4, 64)), False, 8, 256 / 130),
+        (((4, 4096, 32, 64), (4, 4096, 32, 64)), False, 132, 1.0),
+        (((60, 32, 64), (60, 8, 64), {"query_starts": (4,)}), True, 24, 128 / 80),
+    ],
+)
+def test_a_tile_of_rows_is_a_program(shapes, packed, workers, padding) -> None:
+    *arrays, starts = shapes if isinstance(shapes[-1], dict) else (*shapes, {})
+    [asked] = requests_of("attention", *arrays, arrays[-1], device="cuda", arch="sm_90", **starts)
+    plan = tiled_plan(asked, gpu_of("sm_90"), rows=128, packed=packed)
+    assert (plan.workers, plan.padding) == (workers, pytest.approx(padding))
 
 
 def test_the_plan_is_the_gpus_and_in_the_arithmetic_that_is_asked_for() -> None:
