@@ -158,6 +158,7 @@ def _small() -> Iterator[GpuRow]:
     for tokens in (1, 8 * K):
         yield GpuRow(f"rms_norm_x{tokens}", "norm", {"tokens": tokens, "dim": 4096, "dtype": "bfloat16"})
     yield GpuRow("rope_table_x8192", "rope", {"tokens": 8 * K, "head_dim": 128})
+    yield GpuRow("rotate_x8192", "rotate", {"tokens": 8 * K, "heads": 40, "head_dim": 128, "dtype": "bfloat16"})
     for tokens in (64, 8 * K):
         yield GpuRow(f"append_x{tokens}", "append", {"tokens": tokens, "page_size": 64, **_LLAMA})
     yield GpuRow("merge_x4", "merge", {"parts": 4, "tokens": 4 * K, "heads": 32, "head_dim": 128, "dtype": "bfloat16"})

@@ -72,12 +72,34 @@ def build_rope(sizes: Mapping[str, Any], device: str) -> GpuWork:
     return _work(rope.table_kernels(), asked, call, 1, check=check)
 
 
+def build_rotate(sizes: Mapping[str, Any], device: str) -> GpuWork:
+    """tokens, heads, head_dim, dtype."""
+    import torch
+
+    from headrace.ops import rope
+    from headrace.ops.select import placed
+
+    shape, dtype = (sizes["tokens"], sizes["heads"], sizes["head_dim"]), sizes["dtype"]
+    sets = num_sets(2 * math.prod(shape) * WIDTHS[dtype], device)
+    xs = [normal(shape, dtype, device, seed) for seed in range(sets)]
+    table = _angles(sizes["tokens"], sizes["head_dim"]).to(device)
+
+    def call(kernel: str, number: int) -> Any:
+        return rope.rotate(xs[number], table, kernel=kernel)
+
+    def check(kernel: str) -> Margin:
+        exact, plain = (_rotated(xs[0], table, each) for each in (torch.float64, torch.float32))
+        return margin([call(kernel, 0)], [exact], [plain], dtype)
+
+    request = placed(rope.rotate_request({"x": shape, "table": tuple(table.shape)}, dtype), xs[0])
+    return _work(rope.rotate_kernels(), request, call, sets, check=check)
+
+
 def build_append(sizes: Mapping[str, Any], device: str) -> GpuWork:
     """tokens, page_size, heads, kv_heads, head_dim, dtype: queries and keys rotated, keys and values into pages."""
     import torch
 
-    from headrace.config import RopeConfig
-    from headrace.ops import append_pages, page_append, rope
+    from headrace.ops import append_pages, page_append
 
     tokens, dim, dtype = sizes["tokens"], sizes["head_dim"], sizes["dtype"]
     query = normal((tokens, sizes["heads"], dim), dtype, device, 0)
@@ -85,9 +107,7 @@ def build_append(sizes: Mapping[str, Any], device: str) -> GpuWork:
     pages = [normal((-(-tokens // sizes["page_size"]), sizes["page_size"], sizes["kv_heads"], dim), dtype, device, 3)]
     pages.append(pages[0].clone())
     slots = torch.randperm(tokens, generator=torch.Generator().manual_seed(0)).int().to(device)
-    frequencies = rope.inverse_frequencies(RopeConfig(rotary_dim=dim))
-    angles = torch.arange(tokens)[:, None] * torch.from_numpy(frequencies)
-    table = torch.cat([angles.cos(), angles.sin()], dim=1).float().to(device)
+    table = _angles(tokens, dim).to(device)
     out = torch.empty_like(query)
     options = {"slots": slots, "query": query, "table": table, "out": out}
 
@@ -105,6 +125,17 @@ def build_append(sizes: Mapping[str, Any], device: str) -> GpuWork:
 
     request = requests("append_pages", (key, value, *pages), options)
     return _work(page_append.kernels(), request, call, 1, check=check)
+
+
+def _angles(tokens: int, dim: int) -> Any:
+    """A rope table of the first positions, on the host."""
+    import torch
+
+    from headrace.config import RopeConfig
+    from headrace.ops.rope import inverse_frequencies
+
+    angles = torch.arange(tokens)[:, None] * torch.from_numpy(inverse_frequencies(RopeConfig(rotary_dim=dim)))
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
 def _rotated(x: Any, table: Any, dtype: Any) -> Any:

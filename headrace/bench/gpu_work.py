@@ -27,6 +27,7 @@ _HOMES = {
     "linear": "headrace.bench.gpu_linear",
     "norm": "headrace.bench.gpu_small",
     "rope": "headrace.bench.gpu_small",
+    "rotate": "headrace.bench.gpu_small",
     "append": "headrace.bench.gpu_small",
     "merge": "headrace.bench.gpu_small",
     "sample": "headrace.bench.gpu_experts",
