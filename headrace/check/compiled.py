@@ -126,6 +126,15 @@ def resources(binary: Any) -> tuple[int, int]:
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    text = dumped(cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if not found:
+        raise ValueError(f"cuobjdump tells no resources: {text[:200]}")
+    return int(found[1]), int(found[2])
+
+
+def dumped(cubin: bytes, what: str) -> str:
+    """What cuobjdump tells of a binary: "-res-usage", "-sass"."""
     import tempfile
 
     import triton
@@ -134,11 +143,12 @@ def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if not found:
-        raise ValueError(f"cuobjdump tells no resources: {text[:200]}")
-    return int(found[1]), int(found[2])
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def waits_added(binary: Any) -> int:
+    """Waits for products of warpgroups that ptxas put in besides those it was given: behind each, where it gives up."""
+    return dumped(binary.asm["cubin"], "-sass").count("WARPGROUP.DEPBAR") - binary.asm["ptx"].count("wgmma.wait_group")
 
 
 def _broken(variant: Any, found: Compiled, binary: Any) -> Iterable[str]:
@@ -152,6 +162,8 @@ def _broken(variant: Any, found: Compiled, binary: Any) -> Iterable[str]:
     for text in variant.instructions.get(found.chip, ()):
         if text not in assembly:
             yield f"has no {text}"
+    if variant.overlapping and "cubin" in binary.asm and (added := waits_added(binary)):
+        yield f"has {added} waits behind products that were to run on"
 
 
 def table(found: Iterable[Compiled]) -> str:

@@ -95,6 +95,10 @@ class Barriers:
     def init(self, bar: Shared, count: int) -> None:
         self._all[bar.offset] = _Barrier(count, count)
 
+    def order(self, bar: Shared) -> int:
+        """Which of all barriers it is, in the order in which they were initialised."""
+        return list(self._all).index(bar.offset)
+
     def passed(self, number: int, parity: int) -> bool:
         """Whether the phase of this parity is complete, as the hardware tells it: from the phase under way."""
         return self._all[number].phases % 2 != parity

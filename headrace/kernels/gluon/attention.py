@@ -42,17 +42,13 @@ KEYS = gl.constexpr(128)  # of a tile
 STAGES = gl.constexpr(2)
 FIRST, SECOND = gl.constexpr(0), gl.constexpr(1)  # the warpgroups
 
-# Barriers. Full ones are armed with bytes; free ones have two arrivals, of both warpgroups.
-KEY_FULL = gl.constexpr(0)  # + stage
-KEY_FREE = gl.constexpr(2)
-VALUE_FULL = gl.constexpr(4)
-VALUE_FREE = gl.constexpr(6)
-QUERY_FULL = gl.constexpr(8)
-QUERY_FREE = gl.constexpr(9)
-TURN = gl.constexpr(10)  # + warpgroup: it may issue products; one arrival, of the other
-CLEANED = gl.constexpr(12)  # both have zeroed their half of the values behind the last key
-BARRIERS = gl.constexpr(13)
-ARRIVALS = gl.constexpr((1, 1, 2, 2, 1, 1, 2, 2, 1, 2, 1, 1, 2))
+# Barriers, pairs of them where there is one for each stage or warpgroup. Full ones are armed with bytes; free ones have
+# two arrivals, of both warpgroups.
+KEY_FULL, KEY_FREE = gl.constexpr(0), gl.constexpr(1)
+VALUE_FULL, VALUE_FREE = gl.constexpr(2), gl.constexpr(3)
+QUERY_FULL, QUERY_FREE = gl.constexpr(4), gl.constexpr(5)
+TURN = gl.constexpr(6)  # of a warpgroup: it may issue products; one arrival, of the other
+CLEANED = gl.constexpr(7)  # both have zeroed their half of the values behind the last key
 
 LOWEST = gl.constexpr(-1e30)  # maximum of rows that saw nothing yet: finite, so that differences are numbers
 LN_2 = gl.constexpr(math.log(2))
@@ -99,8 +95,8 @@ def _zero_beyond(values, num_keys, g: gl.constexpr, barriers, cleaned, DIM: gl.c
         part = half.index(2 * t + g)
         part.store(gl.where(rows[:, None] < num_keys, part.load(STRIPES), 0.0).to(values.dtype))
     fence_async_shared()
-    mbarrier.arrive(barriers.index(CLEANED), count=1)
-    mbarrier.wait(barriers.index(CLEANED), cleaned & 1)
+    mbarrier.arrive(barriers[CLEANED].index(0), count=1)
+    mbarrier.wait(barriers[CLEANED].index(0), cleaned & 1)
 
 
 @gluon.jit
@@ -128,11 +124,11 @@ def _operand(weights, dtype: gl.constexpr, OUTPUT: gl.constexpr):
 def _first(query, keys, barriers, used):
     """Scores of a row tile's first tile of keys, waited for."""
     stage = used % STAGES
-    mbarrier.wait(barriers.index(KEY_FULL + stage), (used // STAGES) & 1)
+    mbarrier.wait(barriers[KEY_FULL].index(stage), (used // STAGES) & 1)
     scores = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
     scores = warpgroup_mma(query, keys.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
     scores = warpgroup_mma_wait(0, deps=[scores])
-    mbarrier.arrive(barriers.index(KEY_FREE + stage), count=1)
+    mbarrier.arrive(barriers[KEY_FREE].index(stage), count=1)
     return scores
 
 
@@ -144,20 +140,21 @@ def _step(query, keys, values, barriers, state, mask, used, turns, g: gl.constex
     OUTPUT: gl.constexpr = output.type.layout
     stage = used % STAGES
     before = (used - 1) % STAGES
-    mbarrier.wait(barriers.index(KEY_FULL + stage), (used // STAGES) & 1)
-    mbarrier.wait(barriers.index(TURN + g), turns & 1)
+    mbarrier.wait(barriers[KEY_FULL].index(stage), (used // STAGES) & 1)
+    mbarrier.wait(barriers[TURN].index(g), turns & 1)
     scores = gl.zeros([ROWS, KEYS], gl.float32, SCORES)
     scores = warpgroup_mma(query, keys.index(stage).permute((1, 0)), scores, use_acc=False, is_async=True)
-    mbarrier.wait(barriers.index(VALUE_FULL + before), ((used - 1) // STAGES) & 1)
     output = warpgroup_mma(operand, values.index(before), output, is_async=True)
-    mbarrier.arrive(barriers.index(TURN + 1 - g), count=1)
+    mbarrier.arrive(barriers[TURN].index(1 - g), count=1)
     scores = warpgroup_mma_wait(1, deps=[scores])
-    mbarrier.arrive(barriers.index(KEY_FREE + stage), count=1)
+    mbarrier.arrive(barriers[KEY_FREE].index(stage), count=1)
     if MASKED:
         scores = _masked(scores, tile, own, first_row, num_keys)
     weights, largest, total, factor = _softmax(scores, largest, total, scale)
+    # NOTE: not only for the values: without a loop in between, ptxas puts the wait for the output before the softmax.
+    mbarrier.wait(barriers[VALUE_FULL].index(stage), (used // STAGES) & 1)
     output, operand = warpgroup_mma_wait(0, deps=[output, operand])
-    mbarrier.arrive(barriers.index(VALUE_FREE + before), count=1)
+    mbarrier.arrive(barriers[VALUE_FREE].index(before), count=1)
     output = output * gl.convert_layout(factor, gl.SliceLayout(1, OUTPUT))[:, None]
     return output, _operand(weights, values.dtype, OUTPUT), largest, total
 
@@ -213,17 +210,17 @@ def _group(
             total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
             output = gl.zeros([ROWS, DIM], gl.float32, OUTPUT)
             if tiles > 0:
-                mbarrier.wait(barriers.index(QUERY_FULL), queries & 1)
+                mbarrier.wait(barriers[QUERY_FULL].index(0), queries & 1)
                 mine = query.index(g)
                 scores = _first(mine, keys, barriers, used)
                 scores = _masked(scores, tiles - 1, own, row, num_keys)
                 weights, largest, total, _ = _softmax(scores, largest, total, scale)
                 operand = _operand(weights, dtype, OUTPUT)
+                stage = used % STAGES
+                mbarrier.wait(barriers[VALUE_FULL].index(stage), (used // STAGES) & 1)
                 if HAS_LENS:
                     beyond = num_keys - (tiles - 1) * KEYS
                     if beyond < KEYS:
-                        stage = used % STAGES
-                        mbarrier.wait(barriers.index(VALUE_FULL + stage), (used // STAGES) & 1)
                         _zero_beyond(values.index(stage), beyond, g, barriers, cleaned, DIM)
                         cleaned += 1
                 used += 1
@@ -243,13 +240,12 @@ def _group(
                     )
                     used += 1
                     turns += 1
-                mbarrier.arrive(barriers.index(QUERY_FREE), count=1)
+                mbarrier.arrive(barriers[QUERY_FREE].index(0), count=1)
                 queries += 1
                 before = (used - 1) % STAGES
-                mbarrier.wait(barriers.index(VALUE_FULL + before), ((used - 1) // STAGES) & 1)
                 output = warpgroup_mma(operand, values.index(before), output, is_async=True)
                 output, operand = warpgroup_mma_wait(0, deps=[output, operand])
-                mbarrier.arrive(barriers.index(VALUE_FREE + before), count=1)
+                mbarrier.arrive(barriers[VALUE_FREE].index(before), count=1)
             _finish(output, largest, total, (b, head, row), out, lse, strides, sizes, OUTPUT, DIM)
 
 
@@ -258,8 +254,8 @@ def _fetch(tensor, tiles, barriers, used, place, FREE: gl.constexpr, FULL: gl.co
     """A tile of keys or values, when its place is free."""
     b, row, head = place
     stage = used % STAGES
-    mbarrier.wait(barriers.index(FREE + stage), ((used // STAGES) & 1) ^ 1)
-    bar = barriers.index(FULL + stage)
+    mbarrier.wait(barriers[FREE].index(stage), ((used // STAGES) & 1) ^ 1)
+    bar = barriers[FULL].index(stage)
     mbarrier.expect(bar, KEYS * DIM * 2)
     box = tiles.index(stage)._reinterpret(tiles.dtype, [1, KEYS, 1, DIM], STRIDED)
     tma.async_copy_global_to_shared(tensor, [b, row, head, 0], bar, box)
@@ -288,11 +284,11 @@ def _load(
         if first_row >= 0:
             num_keys, own, tiles, whole = _key_tiles(b, first_row, key_lens, sizes, TOP_LEFT, HAS_LENS)
             if tiles > 0:
-                mbarrier.wait(barriers.index(QUERY_FREE), (rounds & 1) ^ 1)
-                mbarrier.expect(barriers.index(QUERY_FULL), TILE_ROWS * DIM * 2)
+                mbarrier.wait(barriers[QUERY_FREE].index(0), (rounds & 1) ^ 1)
+                mbarrier.expect(barriers[QUERY_FULL].index(0), TILE_ROWS * DIM * 2)
                 for g in gl.static_range(2):
                     box = query.index(g)._reinterpret(query.dtype, [1, ROWS, 1, DIM], STRIDED)
-                    bar = barriers.index(QUERY_FULL)
+                    bar = barriers[QUERY_FULL].index(0)
                     tma.async_copy_global_to_shared(queries, [b, first_row + g * ROWS, head, 0], bar, box)
                 rounds += 1
                 place = (b, (tiles - 1) * KEYS, head // group)
@@ -304,6 +300,15 @@ def _load(
                     place = (b, (tiles - 1 - j) * KEYS, head // group)
                     _fetch(values_in, values, barriers, used, place, VALUE_FREE, VALUE_FULL, DIM)
                     used += 1
+
+
+@gluon.jit
+def _pair(count: gl.constexpr):
+    """Two barriers, in memory of their own: between uses of one allocation the compiler puts a barrier of all warps."""
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(bars.index(i), count=count)
+    return bars
 
 
 @gluon.jit
@@ -334,11 +339,12 @@ def _attention_kernel(
     query = gl.allocate_shared_memory(dtype, [2, ROWS, DIM], SWIZZLED)
     keys = gl.allocate_shared_memory(dtype, [STAGES, KEYS, DIM], SWIZZLED)
     values = gl.allocate_shared_memory(dtype, [STAGES, KEYS, DIM], SWIZZLED)
-    barriers = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(BARRIERS):
-        mbarrier.init(barriers.index(i), count=ARRIVALS[i])
+    full, free = _pair(1), _pair(2)
+    value_full, value_free = _pair(1), _pair(2)
+    query_full, query_free = _pair(1), _pair(2)
+    barriers = (full, free, value_full, value_free, query_full, query_free, _pair(1), _pair(2))
     fence_async_shared()
-    mbarrier.arrive(barriers.index(TURN), count=1)
+    mbarrier.arrive(barriers[TURN].index(0), count=1)
     shared = (query, keys, values, barriers)
     sizes = (heads, together, row_tiles, num_queries, num_keys, right_bound, group)
     strides = (out_batch, out_row, out_head)
@@ -422,4 +428,5 @@ def _variant(dtype: str, dim: int, has_lens: bool, told: Mapping[str, tuple[str,
         chips=("sm_90",),
         aligned=("out_batch", "out_row", "out_head"),
         instructions=told,
+        overlapping=True,
     )

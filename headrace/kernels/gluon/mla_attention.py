@@ -152,7 +152,7 @@ def _part(parts, number: gl.constexpr, block):
 @gluon.jit
 def _score(scores, query, keys, barriers, phase, zero, part: gl.constexpr, block: gl.constexpr, use_acc: gl.constexpr):
     """Plus the products with one part of a block's columns, when it has arrived."""
-    mbarrier.wait(barriers.index(FULL + 3 * block + part), phase)
+    mbarrier.wait(barriers[FULL + 3 * block + part], phase)
     columns = _part(keys, part, block + zero).permute((1, 0))
     return warpgroup_mma(_part(query, part, zero), columns, scores, use_acc=use_acc, is_async=True)
 
@@ -175,7 +175,7 @@ def _scores_behind(output, query, keys, barriers, phase, freed: gl.constexpr, bl
     scores = gl.zeros([ROWS, BLOCK], gl.float32, SCORES)
     scores = _score(scores, query, keys, barriers, phase, zero, block, block, False)
     output = warpgroup_mma_wait(1, deps=[output])
-    mbarrier.arrive(barriers.index(freed), count=1)
+    mbarrier.arrive(barriers[freed], count=1)
     scores = _score(scores, query, keys, barriers, phase, zero, 1 - block, block, True)
     scores = _score(scores, query, keys, barriers, phase, zero, ROTATED, block, True)
     return warpgroup_mma_wait(0, deps=[scores]), output
@@ -242,7 +242,7 @@ def _left_unit(scores, output, largest, total, unit, seen, shared, done, notice,
     scores = _masked(scores, unit * UNIT, visible, fewest)
     maximum = gl.maximum(largest, gl.max(scores, 1) * scale)
     notes.index(0).store(maximum)
-    mbarrier.arrive(barriers.index(MAXIMUM_0), count=1)
+    mbarrier.arrive(barriers[MAXIMUM_0], count=1)
     if unit * UNIT + BLOCK > keys:
         _zero_beyond(left.index(0), right.index(0), keys - unit * UNIT)
     weights = gl.exp2(scores * scale - maximum[:, None])
@@ -250,16 +250,16 @@ def _left_unit(scores, output, largest, total, unit, seen, shared, done, notice,
     total = total * factor + gl.sum(weights, 1)
     operand = gl.convert_layout(weights.to(left.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
     output = warpgroup_mma(operand, left.index(zero), _scaled(output, factor), is_async=True)
-    mbarrier.wait(barriers.index(MAXIMUM_1), notice & 1)
+    mbarrier.wait(barriers[MAXIMUM_1], notice & 1)
     largest = notes.index(1).load(gl.SliceLayout(1, SCORES))
     factor = gl.exp2(maximum - largest)
     rotated.index(0).store((weights * factor[:, None]).to(left.dtype))
     fence_async_shared()
-    mbarrier.arrive(barriers.index(WEIGHTS_0), count=1)
+    mbarrier.arrive(barriers[WEIGHTS_0], count=1)
     output, operand = warpgroup_mma_wait(0, deps=[output, operand])
-    mbarrier.arrive(barriers.index(FREE_LEFT_0), count=1)
+    mbarrier.arrive(barriers[FREE_LEFT_0], count=1)
     output = _scaled(output, factor)
-    mbarrier.wait(barriers.index(WEIGHTS_1), done & 1)
+    mbarrier.wait(barriers[WEIGHTS_1], done & 1)
     output = warpgroup_mma(rotated.index(1 + zero), left.index(1 + zero), output, is_async=True)
     return output, largest, total * factor
 
@@ -274,21 +274,21 @@ def _right_unit(scores, output, largest, total, unit, seen, shared, done, notice
     base = unit * UNIT + BLOCK
     scores = _masked(scores, base, visible, fewest)
     maximum = gl.max(scores, 1) * scale
-    mbarrier.wait(barriers.index(MAXIMUM_0), notice & 1)
+    mbarrier.wait(barriers[MAXIMUM_0], notice & 1)
     maximum = gl.maximum(maximum, notes.index(0).load(gl.SliceLayout(1, SCORES)))
     notes.index(1).store(maximum)
-    mbarrier.arrive(barriers.index(MAXIMUM_1), count=1)
+    mbarrier.arrive(barriers[MAXIMUM_1], count=1)
     if base + BLOCK > keys:
         _zero_beyond(left.index(1), right.index(1), keys - base)
     weights = gl.exp2(scores * scale - maximum[:, None])
     rotated.index(1).store(weights.to(left.dtype))
     fence_async_shared()
-    mbarrier.arrive(barriers.index(WEIGHTS_1), count=1)
+    mbarrier.arrive(barriers[WEIGHTS_1], count=1)
     factor = gl.exp2(largest - maximum)
     total = total * factor + gl.sum(weights, 1)
     output = _scaled(output, factor)
     output = warpgroup_mma(rotated.index(1 + zero), right.index(1 + zero), output, is_async=True)
-    mbarrier.wait(barriers.index(WEIGHTS_0), done & 1)
+    mbarrier.wait(barriers[WEIGHTS_0], done & 1)
     output = warpgroup_mma(rotated.index(zero), right.index(zero), output, is_async=True)
     return output, maximum, total
 
@@ -309,7 +309,7 @@ def _left(shared, lists, sizes, results, scale, TOP_LEFT: gl.constexpr):
             largest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
             total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
             output = gl.zeros([ROWS, HALF], gl.float32, OUTPUT)
-            mbarrier.wait(barriers.index(QUERY_FULL), (notice - done) & 1)
+            mbarrier.wait(barriers[QUERY_FULL], (notice - done) & 1)
             if begin < end:
                 scores = _scores(query, keys_in, barriers, done & 1, 0)
                 for unit in range(begin, end - 1):
@@ -325,11 +325,11 @@ def _left(shared, lists, sizes, results, scale, TOP_LEFT: gl.constexpr):
                 done += 1
                 notice += 1
                 output = warpgroup_mma_wait(0, deps=[product])
-                mbarrier.arrive(barriers.index(FREE_LEFT_1), count=1)
-            mbarrier.arrive(barriers.index(QUERY_FREE), count=1)
+                mbarrier.arrive(barriers[FREE_LEFT_1], count=1)
+            mbarrier.arrive(barriers[QUERY_FREE], count=1)
             notes.index(0).store(total)
-            mbarrier.arrive(barriers.index(MAXIMUM_0), count=1)
-            mbarrier.wait(barriers.index(MAXIMUM_1), notice & 1)
+            mbarrier.arrive(barriers[MAXIMUM_0], count=1)
+            mbarrier.wait(barriers[MAXIMUM_1], notice & 1)
             total += notes.index(1).load(gl.SliceLayout(1, SCORES))
             notice += 1
             partial = (begin > 0) | (end < gl.cdiv(keys, UNIT))
@@ -353,7 +353,7 @@ def _right(shared, lists, sizes, results, scale, TOP_LEFT: gl.constexpr):
             largest = gl.full([ROWS], LOWEST, gl.float32, gl.SliceLayout(1, SCORES))
             total = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, SCORES))
             output = gl.zeros([ROWS, HALF], gl.float32, OUTPUT)
-            mbarrier.wait(barriers.index(QUERY_FULL), (notice - done) & 1)
+            mbarrier.wait(barriers[QUERY_FULL], (notice - done) & 1)
             if begin < end:
                 scores = _scores(query, keys_in, barriers, done & 1, 1)
                 for unit in range(begin, end - 1):
@@ -361,7 +361,7 @@ def _right(shared, lists, sizes, results, scale, TOP_LEFT: gl.constexpr):
                         scores, output, largest, total, unit, seen, shared, done, notice, scale
                     )
                     product = warpgroup_mma_init(warpgroup_mma_wait(1, deps=[product]))
-                    mbarrier.arrive(barriers.index(FREE_RIGHT_1), count=1)
+                    mbarrier.arrive(barriers[FREE_RIGHT_1], count=1)
                     done += 1
                     notice += 1
                     scores, output = _scores_behind(product, query, keys_in, barriers, done & 1, FREE_RIGHT_0, 1)
@@ -371,13 +371,13 @@ def _right(shared, lists, sizes, results, scale, TOP_LEFT: gl.constexpr):
                 done += 1
                 notice += 1
                 output = warpgroup_mma_wait(0, deps=[product])
-                mbarrier.arrive(barriers.index(FREE_RIGHT_1), count=1)
-                mbarrier.arrive(barriers.index(FREE_RIGHT_0), count=1)
-            mbarrier.arrive(barriers.index(QUERY_FREE), count=1)
-            mbarrier.wait(barriers.index(MAXIMUM_0), notice & 1)
+                mbarrier.arrive(barriers[FREE_RIGHT_1], count=1)
+                mbarrier.arrive(barriers[FREE_RIGHT_0], count=1)
+            mbarrier.arrive(barriers[QUERY_FREE], count=1)
+            mbarrier.wait(barriers[MAXIMUM_0], notice & 1)
             other = notes.index(0).load(gl.SliceLayout(1, SCORES))
             notes.index(1).store(total)
-            mbarrier.arrive(barriers.index(MAXIMUM_1), count=1)
+            mbarrier.arrive(barriers[MAXIMUM_1], count=1)
             notice += 1
             partial = (begin > 0) | (end < gl.cdiv(keys, UNIT))
             segment = (first_row, num_rows, start)
@@ -404,7 +404,7 @@ def _fetch_query(rows, row, query, bar):
 @gluon.jit
 def _fetch(latents, page, row, keys_in, barriers, part: gl.constexpr, block: gl.constexpr):
     """A part of a block, as tiles of 64 columns."""
-    bar = barriers.index(FULL + 3 * block + part)
+    bar = barriers[FULL + 3 * block + part]
     place = _part(keys_in, part, block)
     if part == ROTATED:
         mbarrier.expect(bar, TILE_BYTES)
@@ -429,8 +429,8 @@ def _load(shared, lists, sizes, rows, latents, pages, page_size, table_stride):
     for item in range(first_item, last_item):
         request, first_row, num_rows, start, query_len, keys, begin, end = _segment(item, lists, sizes)
         if first_row < num_rows:
-            mbarrier.wait(barriers.index(QUERY_FREE), (segments & 1) ^ 1)
-            bar = barriers.index(QUERY_FULL)
+            mbarrier.wait(barriers[QUERY_FREE], (segments & 1) ^ 1)
+            bar = barriers[QUERY_FULL]
             mbarrier.expect(bar, 2 * HALF_BYTES + TILE_BYTES)
             row = start * heads + first_row
             _fetch_query(rows, row, query, bar)
@@ -438,19 +438,27 @@ def _load(shared, lists, sizes, rows, latents, pages, page_size, table_stride):
                 free = (done & 1) ^ 1
                 page_0, row_0 = _page(2 * unit, request, keys, lists, pages, page_size, table_stride)
                 page_1, row_1 = _page(2 * unit + 1, request, keys, lists, pages, page_size, table_stride)
-                mbarrier.wait(barriers.index(FREE_LEFT_0), free)
+                mbarrier.wait(barriers[FREE_LEFT_0], free)
                 _fetch(latents, page_0, row_0, keys_in, barriers, LEFT, 0)
-                mbarrier.wait(barriers.index(FREE_RIGHT_1), free)
+                mbarrier.wait(barriers[FREE_RIGHT_1], free)
                 _fetch(latents, page_1, row_1, keys_in, barriers, RIGHT, 1)
-                mbarrier.wait(barriers.index(FREE_RIGHT_0), free)
+                mbarrier.wait(barriers[FREE_RIGHT_0], free)
                 _fetch(latents, page_0, row_0, keys_in, barriers, RIGHT, 0)
                 _fetch(latents, page_0, row_0, keys_in, barriers, ROTATED, 0)
-                mbarrier.wait(barriers.index(FREE_LEFT_1), free)
+                mbarrier.wait(barriers[FREE_LEFT_1], free)
                 _fetch(latents, page_1, row_1, keys_in, barriers, LEFT, 1)
                 _fetch(latents, page_1, row_1, keys_in, barriers, ROTATED, 1)
                 done += 1
             segments += 1
     gdc_launch_dependents()
+
+
+@gluon.jit
+def _barrier(count: gl.constexpr):
+    """In memory of its own: the compiler puts a barrier of the whole warpgroup between two uses of one allocation."""
+    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(bar, count=count)
+    return bar
 
 
 @gluon.jit
@@ -486,9 +494,9 @@ def _mla_kernel(
     right = gl.allocate_shared_memory(dtype, [2, BLOCK, HALF], SWIZZLED)
     rotated = gl.allocate_shared_memory(dtype, [2, BLOCK, 64], SWIZZLED)
     notes = gl.allocate_shared_memory(gl.float32, [2, ROWS], PLAIN)
-    barriers = gl.allocate_shared_memory(gl.int64, [BARRIERS, 1], mbarrier.MBarrierLayout())
-    for b in gl.static_range(BARRIERS):
-        mbarrier.init(barriers.index(b), count=2 if b == QUERY_FREE else 1)
+    barriers = (_barrier(1),)
+    for b in gl.static_range(1, BARRIERS):
+        barriers += (_barrier(2 if b == QUERY_FREE else 1),)
     fence_async_shared()
     query = (query_left, query_right, query_rotated)
     shared = (query, (left, right, rotated), notes, barriers)
@@ -634,6 +642,7 @@ def variants() -> list[Variant]:
             chips=("sm_90",),
             aligned=("out_token", "out_head", "page_size"),
             instructions=told,
+            overlapping=True,
         )
         for dtype in ("bf16", "fp16")
     ]

@@ -28,6 +28,8 @@ class Variant:
     types: of each argument that is no constexpr, in Triton's spelling: "*bf16", "i32", "fp32", "tensordesc<..>";
     integers that are always multiples of 16 (strides, as a rule) are named in `aligned`, pointers always are.
     instructions: for a chip, pieces of text that its assembly must hold ("wgmma.mma_async").
+    overlapping: products of warpgroups run on while others are issued; ptxas makes each wait for the one before it, and
+    says so only in its log, where it cannot follow their registers.
     """
 
     name: str
@@ -39,4 +41,5 @@ class Variant:
     chips: tuple[str, ...] = tuple(CHIPS)
     aligned: tuple[str, ...] = ()
     instructions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    overlapping: bool = False
     spills: Mapping[str, int] = field(default_factory=dict)  # bytes allowed on a chip, with the reason beside it
