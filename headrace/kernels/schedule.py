@@ -130,7 +130,9 @@ def item_starts(counts: Sequence[int], weights: Sequence[int], overhead: int) ->
     return _Items(counts, weights, overhead).starts
 
 
-def stream_boundaries(counts: Sequence[int], weights: Sequence[int], costs: ScheduleCosts) -> list[Boundary]:
+def stream_boundaries(
+    counts: Sequence[int], weights: Sequence[int], costs: ScheduleCosts, least: int = 0
+) -> list[Boundary]:
     """workers + 1 boundaries at equal distances on the line, each moved to the nearest unit.
 
     A cut makes its second piece pay an overhead again, and both a merge: they are part of what is shared out. So the
@@ -139,13 +141,16 @@ def stream_boundaries(counts: Sequence[int], weights: Sequence[int], costs: Sche
 
     One less than `snap` from the start or end of its item's units is moved there. At most workers - 1 items are split.
     An interval costs at most overhead + weight + 2 snap + 2 merge_cost more than ceil(total / workers).
+
+    least: of the line to each, so that little work is divided among few and the last ones have none. From the largest
+    weight on, no two boundaries within an item are the same.
     """
-    return _stream(_Items(counts, weights, costs.overhead), costs, costs.workers)
+    return _stream(_Items(counts, weights, costs.overhead), costs, costs.workers, least)
 
 
-def _stream(items: _Items, costs: ScheduleCosts, workers: int) -> list[Boundary]:
+def _stream(items: _Items, costs: ScheduleCosts, workers: int, least: int = 0) -> list[Boundary]:
     lead = costs.overhead + costs.merge_cost
-    step = _divide_up(max(0, items.total - lead - costs.merge_cost), workers)
+    step = max(_divide_up(max(0, items.total - lead - costs.merge_cost), workers), least)
     inner = [_boundary_at(items, costs, min(lead + p * step, items.total)) for p in range(1, workers)]
     return [Boundary(0, 0), *inner, Boundary(len(items.counts), 0)]
 
@@ -303,6 +308,17 @@ def merges(boundaries: Sequence[Boundary], counts: Sequence[int], *, per_unit: b
         rows[-1] = rows[-1]._replace(pieces=rows[-1].pieces + slots)
         slot += slots
     return rows
+
+
+def paired_slot(interval: int, begin: int) -> int:
+    """The slot of an interval's partial piece that begins at that unit of its item, by the rule for those who know no
+    more: of `paired_slots` in all."""
+    return 2 * interval - (begin > 0)
+
+
+def paired_slots(workers: int) -> int:
+    """How many there are by that rule."""
+    return 2 * max(workers - 1, 0)
 
 
 def workspace_slots(num_items: int, workers: int) -> int:

@@ -290,10 +290,11 @@ def _plan_of(arithmetic: str, cores: int, invariant: bool, mask_text: str | None
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of dense, ragged and paged attention, those of GPUs first, imported when first run."""
-    from headrace.ops import gpu_hopper, gpu_torch
+    from headrace.ops import gpu_hopper, gpu_paged, gpu_torch
 
     return (
         *gpu_hopper.kernels(),
+        *gpu_paged.kernels(),
         *gpu_torch.kernels(),
         *kernels_over(late("headrace.kernels.cpu.attention")),
     )

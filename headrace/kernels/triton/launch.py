@@ -43,7 +43,12 @@ def _once(patch: Callable[..., Any]) -> Callable[..., Any]:
         if not active:
             scope = patch(_LANGUAGE)
             restore = scope.restore
-            scope.restore = lambda: (active.clear(), restore())
+
+            def undo() -> None:
+                active.clear()
+                restore()
+
+            scope.restore = undo
             active.append(scope)
         return active[0]
 
