@@ -119,15 +119,16 @@ def explain_request(
     """Why each kernel can or cannot serve the request, and its predicted seconds. Runs nothing."""
     machine, require = machine or machine_of(request), checked_requirements(require)
     reasons = [(kernel, reasons_against(kernel, request, require, machine)) for kernel in kernels]
-    able = [_candidate(kernel, request, machine) for kernel, against in reasons if not against]
-    if able:
-        first = able.pop(cheapest([candidate.predicted_s for candidate in able]))
-        able = [first, *sorted(able, key=lambda candidate: candidate.predicted_s)]
+    unrefused = [kernel for kernel, against in reasons if not against]
+    able = [_candidate(kernel, request, machine) for kernel in unrefused if request.device in kernel.devices]
+    chosen = able.pop(cheapest([candidate.predicted_s for candidate in able])) if able else None
+    # In an interpreter, by name alone.
+    able += [_candidate(kernel, request, machine) for kernel in unrefused if request.device not in kernel.devices]
+    able.sort(key=lambda candidate: candidate.predicted_s)
     rejected = tuple(Rejection(kernel.name, reason) for kernel, against in reasons for reason in against)
     memory_s, compute_s = _least_seconds(request, machine)
-    chosen = able[0] if able else None
     gpu = machine.name if isinstance(machine, Gpu) else ""
-    return Explanation(request, chosen, tuple(able[1:]), rejected, memory_s, compute_s, machine.measured, gpu)
+    return Explanation(request, chosen, tuple(able), rejected, memory_s, compute_s, machine.measured, gpu)
 
 
 def _least_seconds(request: Request, machine: Machine | Gpu, unit: str = "") -> tuple[float, float]:

@@ -70,7 +70,11 @@ def test_the_interpreter_is_never_chosen_but_runs_by_name(monkeypatch: pytest.Mo
     asked = request("cpu", "")
     assert choose(both, asked).name == "cpu_portable"
     assert choose(both, asked, "triton_x").name == "triton_x"
-    assert choose(both[:1], asked).name == "triton_x"
+    with pytest.raises(KernelError, match="no kernel can run this"):
+        choose(both[:1], asked)
+    told = explain_request(both, asked)
+    assert told.chosen and (told.chosen.kernel, [found.kernel for found in told.able]) == ("cpu_portable", ["triton_x"])
+    assert explain_request(both[:1], asked).chosen is None
 
 
 def test_a_kernel_for_one_generation_needs_it_and_has_no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,7 +335,7 @@ sys.modules["headrace.kernels.cpu._native"] = None
 import torch
 from headrace import ops
 array = torch.randn(1, 5, 2, 8)
-mine = ops.attention(array, array, array, causal=True)
+mine = ops.attention(array, array, array, causal=True, kernel="torch_math")
 theirs = torch.nn.functional.scaled_dot_product_attention(*[array.transpose(1, 2)] * 3, is_causal=True)
 torch.testing.assert_close(mine.out, theirs.transpose(1, 2))
 assert not any(kernel.startswith("cpu") for _, kernel in ops.choices())
