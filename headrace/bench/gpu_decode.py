@@ -167,7 +167,7 @@ def _margin(case: SpeedCase, batch: Pages, out: Any, scale: float) -> Margin:
         sample = _sample(case, batch, request, kv_head, heads, scale=scale)
         got.append(out[request, heads])
         true.append(exact(sample))
-        plain.append(straightforward(sample))
+        plain.append(straightforward(sample, true[-1]))
     return margin(got, true, plain, case.dtype)
 
 

@@ -94,7 +94,7 @@ def _forward_margin(case: SpeedCase, arrays: tuple[Any, Any, Any], out: Any) -> 
         sample = Sample(query[b, rows, head], keys, values, rows + 1, case.head_dim**-0.5)
         got.append(out[b, rows, head])
         true.append(exact(sample))
-        plain.append(straightforward(sample))
+        plain.append(straightforward(sample, true[-1]))
     return margin(got, true, plain, case.dtype)
 
 

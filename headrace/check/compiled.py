@@ -77,7 +77,7 @@ def compile_all(names: Iterable[str], processes: int = 2) -> list[Compiled]:
 def _compile(job: tuple[str, int, str]) -> Compiled:
     module, number, chip = job
     variant = importlib.import_module(module).variants()[number]
-    made = (module.rpartition(".")[2], variant.name, chip, variant.num_warps, variant.num_stages)
+    made = (".".join(module.split(".")[-2:]), variant.name, chip, variant.num_warps, variant.num_stages)
     try:
         binary = compiled(variant, chip)
     except Exception as error:  # whatever the compiler says is the result

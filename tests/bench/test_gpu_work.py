@@ -68,6 +68,18 @@ def test_a_wrong_result_is_not_let_through(name: str, monkeypatch: pytest.Monkey
     assert work.check(_chosen(work)).wrong
 
 
+@pytest.mark.slow
+@EACH
+def test_the_kernels_of_gpus_pass_the_check_of_their_row(name: str) -> None:
+    """In the interpreter, where they take arrays of the CPU."""
+    work = made(name)
+    ours = [kernel.name for kernel in work.kernels if "cuda" in kernel.devices and not kernel.why_not(work.request)]
+    for kernel in ours:
+        assert work.check and not work.check(kernel).wrong, kernel
+    if not ours:
+        pytest.skip("none takes it here")
+
+
 def _modules() -> list[Any]:
     from headrace.bench import gpu_decode, gpu_experts, gpu_prefill, gpu_small
 
