@@ -260,6 +260,29 @@ def _of_norm(asked: Given) -> list[Asked]:
     return [Asked(placed(norm.request(given["x"].shape, own, given["out_dtype"] or own), given["x"]))]
 
 
+def _of_experts(asked: Given) -> list[Asked]:
+    """The routing may be given as its shape, [tokens, top_k]."""
+    from headrace.ops import moe
+
+    given = _bound(moe.mixture_of_experts, asked)
+    named = ("x", "gate", "up", "down", "residual", "out")
+    arrays = {name: given[name] for name in named if given[name] is not None}
+    dtypes = {"experts": "int32", "weights": "float32"} | {name: dtype_name(array) for name, array in arrays.items()}
+    dtypes["out"] = given["out_dtype"] or dtypes.get("out", dtypes["x"])
+    pairs = tuple(getattr(given["routing"], "experts", given["routing"]).shape)
+    options = {name: given[name] for name in ("activation", "precision", "deterministic")}
+    request = moe.request(_shapes(arrays) | {"experts": pairs, "weights": pairs}, dtypes, options)
+    return [Asked(placed(request, given["x"]))]
+
+
+def _of_sample(asked: Given) -> list[Asked]:
+    from headrace.ops import sampling
+
+    logits = asked.arrays[0]
+    logits = _zeros(logits, _dtype_of("logits", asked.dtype)) if isinstance(logits, tuple) else logits
+    return [Asked(placed(sampling.request(tuple(logits.shape), dtype_name(logits)), logits))]
+
+
 def _of_append(asked: Given) -> list[Asked]:
     from headrace.ops import page_append
 
@@ -301,9 +324,11 @@ _OPS = {
     "attention_backward": _Op("headrace.ops.attention_gradients", _of_attention_backward),
     "linear": _Op("headrace.ops.linear", _of_linear),
     "merge_attention": _Op("headrace.ops.attention_merge", _of_merge),
+    "mixture_of_experts": _Op("headrace.ops.moe", _of_experts),
     "mla_attention": _Op("headrace.ops.attention_latent", _of_mla_attention),
     "paged_attention": _Op("headrace.ops.attention_paged", _of_paged_attention),
     "rms_norm": _Op("headrace.ops.norm", _of_norm),
+    "sample": _Op("headrace.ops.sampling", _of_sample),
 }
 
 

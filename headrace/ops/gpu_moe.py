@@ -41,7 +41,7 @@ def _why_not_torch(request: Request) -> list[Reason]:
 
 
 def _plan(request: Request, gpu: object) -> Plan:
-    invariant = bool(request.options["batch_invariant"])
+    invariant = bool(request.options["deterministic"])
     direct = request.shapes["x"][0] <= DIRECT_TOKENS and not invariant
     arithmetic = arithmetic_of(request.dtypes, request.options["precision"], request.device)
     if direct and arithmetic.startswith("tf32"):

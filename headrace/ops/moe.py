@@ -96,6 +96,7 @@ def mixture_of_experts(
     out: Any = None,
     out_dtype: str | None = None,
     precision: str = "auto",
+    deterministic: bool = False,
     kernel: str | None = None,
     require: Sequence[str] = (),
 ) -> Any:
@@ -104,7 +105,8 @@ def mixture_of_experts(
     x: [tokens, dim]; gate, up: [experts, ffn_dim, dim]; down: [experts, dim, ffn_dim], all of x's type, or of 16 bits
     where x is float32; routing: from `route`, or any int32 and float32 arrays [tokens, top_k]. activation: "silu",
     "gelu" (by the error function) or "gelu_tanh". residual: [tokens, dim]; out: [tokens, dim] in `out_dtype`, x's own
-    when not given, may be residual. precision: "exact" sums float32 in float32; "fast" may round it to tf32. Raises
+    when not given, may be residual. precision: "exact" sums float32 in float32; "fast" may round it to tf32.
+    deterministic: a token's bits depend on nothing else in the batch, where a kernel can do that. Raises
     ArgumentError for what does not fit, KernelError where no kernel, or not the one asked for, has what is required.
     """
     arrays = {"x": x, "gate": gate, "up": up, "down": down, "experts": routing.experts, "weights": routing.weights}
@@ -112,8 +114,7 @@ def mixture_of_experts(
     shapes = {name: shape_of(array, name) for name, array in arrays.items()}
     dtypes = {name: dtype_name(array) for name, array in arrays.items()}
     dtypes["out"] = dtypes.get("out") or out_dtype or dtypes["x"]
-    invariant = "batch_invariant" in ((require,) if isinstance(require, str) else require)
-    options = {"activation": activation, "precision": precision, "batch_invariant": invariant}
+    options = {"activation": activation, "precision": precision, "deterministic": bool(deterministic)}
     check_same_device(arrays)
     asked = placed(request(shapes, dtypes, options), x)
     chosen = choose(kernels(), asked, kernel, require)
@@ -127,7 +128,7 @@ def request(
     shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], options: Mapping[str, Any] | None = None
 ) -> Request:
     """The request of a call, by its checks. Of the experts as many are read as the pairs can reach, each once."""
-    options = {"activation": "silu", "precision": "auto", "batch_invariant": False} | dict(options or {})
+    options = {"activation": "silu", "precision": "auto", "deterministic": False} | dict(options or {})
     _check(shapes, dtypes, options)
     (tokens, dim), (num_experts, ffn_dim, _), top_k = shapes["x"], shapes["gate"], shapes["experts"][1]
     pairs = tokens * top_k

@@ -15,6 +15,7 @@ from headrace.check.moe_arrays import (
 )
 from headrace.errors import ArgumentError, KernelError
 from headrace.ops import moe
+from headrace.ops.call_request import explain
 from headrace.ops.explanation import explain_request
 from headrace.ops.select import reset_choices
 
@@ -168,11 +169,14 @@ def test_a_gpu_is_priced_without_one(tokens, invariant):
     shapes = {"x": (tokens, 2048), "gate": (128, 768, 2048), "up": (128, 768, 2048), "down": (128, 2048, 768)}
     shapes |= {"experts": (tokens, 8), "weights": (tokens, 8)}
     dtypes = dict.fromkeys(("x", "gate", "up", "down", "out"), "bfloat16") | {"experts": "int32", "weights": "float32"}
-    asked = moe.request(shapes, dtypes, {"batch_invariant": invariant})
+    asked = moe.request(shapes, dtypes, {"deterministic": invariant})
     on_gpu = type(asked)(**{**vars(asked), "device": "cuda", "arch": "sm_90"})
     told = explain_request(moe.kernels(), on_gpu, require=("batch_invariant",) if invariant else ())
     assert told.chosen.kernel == "triton_moe" and told.chosen.batch_invariant == invariant
     assert {rejected.kernel for rejected in told.rejected} == {"numpy_moe"} | ({"torch_moe"} if invariant else set())
+    given = [*shapes.values()][:5]
+    options = {"dtype": "bfloat16", "device": "cuda", "arch": "sm_90", "deterministic": invariant}
+    assert explain("mixture_of_experts", *given, **options).chosen == told.chosen
     # One token meets 8 of 128 experts: 75 MB; 512 tokens meet all.
     read = 3 * 768 * 2048 * 2 * (8 if tokens == 1 else 128)
     assert read <= asked.traffic.num_bytes <= 1.05 * read

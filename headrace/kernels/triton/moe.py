@@ -246,9 +246,9 @@ def add_parts(
 # Launches
 
 
-def tile_rows(num_pairs: int, num_experts: int, batch_invariant: bool) -> int:
+def tile_rows(num_pairs: int, num_experts: int, deterministic: bool) -> int:
     """Rows of the tiles: by pairs per expert, or always the same ones."""
-    if batch_invariant:
+    if deterministic:
         return 64
     each = num_pairs / num_experts
     return 16 if each <= 16 else 64 if each <= 96 else 128
@@ -261,7 +261,7 @@ def run(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     if not arrays["out"].numel():
         return
     with on_device_of(arrays["x"]):
-        if arrays["x"].shape[0] <= DIRECT_TOKENS and not options["batch_invariant"]:
+        if arrays["x"].shape[0] <= DIRECT_TOKENS and not options["deterministic"]:
             _run_direct(arrays, options)
         else:
             _run_grouped(arrays, options)
@@ -288,7 +288,7 @@ def _run_grouped(arrays: Mapping[str, torch.Tensor], options: Mapping[str, Any])
     x, gate, up, down, experts = (arrays[name] for name in ("x", "gate", "up", "down", "experts"))
     (tokens, dim), (num_experts, ffn_dim, _), top_k = x.shape, gate.shape, experts.shape[1]
     pairs, residual, out = tokens * top_k, arrays.get("residual"), arrays["out"]
-    rows = tile_rows(pairs, num_experts, options["batch_invariant"])
+    rows = tile_rows(pairs, num_experts, options["deterministic"])
     chip = _chip_of(x)
     gated, down_one = GATED[chip][x.element_size(), rows], DOWN[chip][x.element_size(), rows]
     order, tiles = group_pairs(experts, num_experts, gated.rows)

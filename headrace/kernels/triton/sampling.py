@@ -10,7 +10,7 @@ Schedule:
      above three values at once and going on between two of them, over what step 2 put together; over the whole row only
      when that does not reach. Then the segment, and in it the token, where the sum exceeds u of the total.
 Source: Philox 4x32-10, Salmon et al. 2011; the rest is ops/sampling.py.
-Error: weights are float32 (tl.exp), sums float32 over at most 64 numbers a lane, then float64 in a tree. All in an
+Error: weights are float32 (tl.exp), sums float32 over at most 128 numbers a lane, then float64 in a tree. All in an
 order that follows from the row alone: the same bits in any company and any run. Draws are those of the CPU's kernels,
 from the same random numbers, but where u falls within 1e-7 of the border between two tokens.
 Speed: not measured yet (`headrace bench gpu`).
@@ -31,9 +31,9 @@ from headrace.kernels.triton.variants import Variant
 
 SEGMENT = 4096  # logits, twice and four times as many where a row has more than 64 segments
 SEGMENTS = 64
-TILE = 4096  # logits that draw_rows looks at together: some of every segment
+TILE = 2048  # logits that draw_rows looks at together: some of every segment
 BLOCK = 2048  # logits of a segment at a time
-DRAW_WARPS = 16  # eight would spill
+DRAW_WARPS = 8
 REACH = 12.0  # temperatures below the peak that are put together
 NO_TOKEN = -1
 
@@ -544,7 +544,7 @@ def _variants(vocab: int) -> list[Variant]:
     found = rows | {"reals": "*fp64", "sums": "*fp64", "counts": "*i32", "near": "*fp32", "near_ids": "*i32"}
     found |= {"reach": "fp32"}
     shape = {"SEGMENT": segment, "SEGMENTS": segments, "BLOCK": BLOCK}
-    aligned = ("logits_stride",)
+    aligned = ("logits_stride", "vocab")
     name = f"vocabulary {vocab}"
     return [
         Variant(f"peaks, {name}", find_peaks, rows, {"SEGMENT": segment, "BLOCK": BLOCK}, 4, aligned=aligned),
