@@ -47,6 +47,21 @@ def attention_batch(
     return arrays | case.options
 
 
+def latent_batch(
+    case: AttentionCase, dtype: str = "float32", query_dtype: str = "float32", scale: float = 0.17
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of mla_attention, and the same as those of paged_attention."""
+    batch = attention_batch(case, dtype, query_dtype) | {"scale": scale}
+    keys = batch["key_pages"]
+    dim = case.value_dim // 2 if keys.dtype == np.uint8 else case.value_dim
+    as_paged = batch | {"value_pages": np.ascontiguousarray(keys[..., :dim])}
+    if case.scales:
+        as_paged["value_scales"] = batch["key_scales"]
+    latents = {k: v for k, v in batch.items() if not k.startswith(("key_", "value_"))}
+    latents |= {"latent_pages": keys[:, :, 0], "value_dim": case.value_dim}
+    return latents | ({"latent_scales": batch["key_scales"][..., 0]} if case.scales else {}), as_paged
+
+
 def reference(case: AttentionCase, batch: dict[str, Any], mix: Any = None) -> AttentionResult:
     """The case's op by its formula, in float64."""
     module = attention_paged if case.layout == "paged" else attention_dense

@@ -118,6 +118,21 @@ PAGED = (
     paged("int4_page_scales", (1, 40), (70, 90), kv_format="uint8", scales="page", **heads(6, 1, 34, 18)),
 )
 
+# Of latent attention: one KV head whose values are the first value_dim numbers of its keys.
+LATENT = (
+    paged("deepseek_decode", (1, 1), (150, 70), **heads(16, 1, 576, 512), page_size=64),
+    paged("small_verify", (3, 1), (90, 20), **heads(5, 1, 40, 32), page_size=16),
+    paged("prefill", (60, 0, 7), (60, 5, 70), **heads(4, 1, 72, 64), page_size=8),
+    paged("all_of_it", (2,), (33,), **heads(3, 1, 17, 17), page_size=3),
+    paged("one", (1,), (1,), **heads(1, 1, 2, 1), page_size=1),
+    paged("window_softcap_sinks", (4, 1), (90, 70), **heads(8, 1, 96, 64), window=(30, None), softcap=9.0, sinks=True),
+    paged("tree", (5,), (70,), **heads(6, 1, 48, 32), mask="tree", causal=False),
+    paged("float8", (1, 20), (90, 70), **heads(6, 1, 80, 64), kv_format="float8_e4m3fn"),
+    paged("float8_scales", (1, 1), (90, 70), **heads(6, 1, 80, 64), kv_format="float8_e4m3fn", scales="token"),
+    paged("int8_page_scales", (1, 3), (90, 70), **heads(6, 1, 80, 64), kv_format="int8", scales="page"),
+    paged("int4", (1, 3), (90, 70), **heads(6, 1, 80, 64), kv_format="uint8", scales="token"),
+)
+
 RAGGED = (
     ragged("ragged_one", (1,), (1,), **_ONE),
     ragged("ragged_self", (40, 0, 7, 90), (40, 0, 7, 90)),

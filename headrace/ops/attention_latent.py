@@ -27,12 +27,18 @@ from headrace.kernels.arrays import Buffer, Fixed, dtype_name, is_torch, shape_o
 from headrace.ops import attention_paged as paged
 from headrace.ops.attention_checks import check_rank, check_shape, logical_dim
 from headrace.ops.attention_options import AttentionResult, Window
-from headrace.ops.attention_request import Call, kernels, outputs
+from headrace.ops.attention_request import Call, kernels_of, outputs
 from headrace.ops.cascade import launch_shared
+from headrace.ops.select import Kernel
 from headrace.ops.sparse import selected
 from headrace.ops.tracked import needs_torch
 
 __all__ = ["kernels", "mla_attention", "prepared", "reference"]
+
+
+def kernels() -> tuple[Kernel, ...]:
+    """Its own, then those of paged attention, which read what they take for keys and values apart."""
+    return kernels_of("mla_attention")
 
 
 def mla_attention(

@@ -106,7 +106,7 @@ def launch(
     asked = (*alike, *_details(call), kernel, tuple(require), *here)
     chosen = _chosen.get(asked)
     if chosen is None:
-        chosen = choose(kernels(), call.request(dtype_name(result.out)), kernel, require)
+        chosen = choose(kernels_of(call.op), call.request(dtype_name(result.out)), kernel, require)
         if len(_chosen) >= _MOST_REMEMBERED:
             _chosen.clear()
         _chosen[asked] = chosen
@@ -285,6 +285,14 @@ def _planned(arithmetic: str, request: Request, machine: Machine) -> Plan:
 def _plan_of(arithmetic: str, cores: int, invariant: bool, mask_text: str | None) -> Plan:
     notes = (f"mask recognised as {mask_text}",) if mask_text else ()
     return Plan(workers=cores, batch_invariant=invariant, arithmetic=arithmetic, notes=notes)
+
+
+@functools.cache
+def kernels_of(op: str) -> tuple[Kernel, ...]:
+    """The kernels of an attention op, by its name: latent attention has some of its own in front."""
+    from headrace.ops import gpu_latent
+
+    return (*gpu_latent.kernels(), *kernels()) if op == "mla_attention" else kernels()
 
 
 @functools.cache

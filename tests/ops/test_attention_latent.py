@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from headrace.check.attention_batch import attention_batch, reference, straightforward
-from headrace.check.attention_cases import heads, paged
+from headrace.check.attention_batch import latent_batch, reference, straightforward
+from headrace.check.attention_cases import LATENT as CASES
 from headrace.check.attention_expected import assert_close, prepared
 from headrace.check.compare import assert_within_budget, poisoned, rounded
 from headrace.errors import ArgumentError
@@ -17,33 +17,7 @@ from headrace.ops import choices, latent_projection, reset_choices
 
 KERNELS = [kernel.name for kernel in op.kernels() if "cpu" in kernel.devices]
 TYPES = [("float32", "float32"), ("float32", "float16"), ("bfloat16", "bfloat16"), ("float64", "float64")]
-CASES = (
-    paged("deepseek_decode", (1, 1), (150, 70), **heads(16, 1, 576, 512), page_size=64),
-    paged("small_verify", (3, 1), (90, 20), **heads(5, 1, 40, 32), page_size=16),
-    paged("prefill", (60, 0, 7), (60, 5, 70), **heads(4, 1, 72, 64), page_size=8),
-    paged("all_of_it", (2,), (33,), **heads(3, 1, 17, 17), page_size=3),
-    paged("one", (1,), (1,), **heads(1, 1, 2, 1), page_size=1),
-    paged("window_softcap_sinks", (4, 1), (90, 70), **heads(8, 1, 96, 64), window=(30, None), softcap=9.0, sinks=True),
-    paged("tree", (5,), (70,), **heads(6, 1, 48, 32), mask="tree", causal=False),
-    paged("float8", (1, 20), (90, 70), **heads(6, 1, 80, 64), kv_format="float8_e4m3fn"),
-    paged("float8_scales", (1, 1), (90, 70), **heads(6, 1, 80, 64), kv_format="float8_e4m3fn", scales="token"),
-    paged("int8_page_scales", (1, 3), (90, 70), **heads(6, 1, 80, 64), kv_format="int8", scales="page"),
-    paged("int4", (1, 3), (90, 70), **heads(6, 1, 80, 64), kv_format="uint8", scales="token"),
-)
 SMALL = CASES[1]
-
-
-def latent_batch(case, dtype="float32", query_dtype="float32"):
-    """The arguments of mla_attention, and the same as those of paged_attention."""
-    batch = attention_batch(case, dtype, query_dtype) | {"scale": 0.17}
-    keys = batch["key_pages"]
-    dim = case.value_dim // 2 if keys.dtype == np.uint8 else case.value_dim
-    as_paged = batch | {"value_pages": np.ascontiguousarray(keys[..., :dim])}
-    if case.scales:
-        as_paged["value_scales"] = batch["key_scales"]
-    latents = {k: v for k, v in batch.items() if not k.startswith(("key_", "value_"))}
-    latents |= {"latent_pages": keys[:, :, 0], "value_dim": case.value_dim}
-    return latents | ({"latent_scales": batch["key_scales"][..., 0]} if case.scales else {}), as_paged
 
 
 def computed(case, batch, **options):
