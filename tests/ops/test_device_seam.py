@@ -338,6 +338,13 @@ array = torch.randn(1, 5, 2, 8)
 mine = ops.attention(array, array, array, causal=True, kernel="torch_math")
 theirs = torch.nn.functional.scaled_dot_product_attention(*[array.transpose(1, 2)] * 3, is_causal=True)
 torch.testing.assert_close(mine.out, theirs.transpose(1, 2))
+pages = torch.cat([array[0], torch.full((3, 2, 8), torch.nan)]).reshape(2, 4, 2, 8)  # 5 keys in pages of 4
+table = {"page_table": torch.tensor([[0, 1]], dtype=torch.int32), "sequence_lens": torch.tensor([5], dtype=torch.int32)}
+starts = torch.tensor([0, 5], dtype=torch.int32)
+paged = ops.paged_attention(array[0], pages, pages, **table, query_starts=starts, kernel="triton_paged")
+torch.testing.assert_close(paged.out, mine.out[0])
+latent = ops.mla_attention(array[0], pages[:, :, 0], **table, query_starts=starts, value_dim=6, scale=1.0, kernel="triton_mla")
+assert latent.out.isfinite().all()
 assert not any(kernel.startswith("cpu") for _, kernel in ops.choices())
 assert sys.modules["headrace.kernels.cpu._native"] is None
 """

@@ -28,10 +28,22 @@ LOOKS = ("__array__", "__bool__", "__float__", "__index__", "__int__", "cpu", "i
 
 @contextlib.contextmanager
 def on_a_gpu() -> Iterator[None]:
-    """Tensors of the CPU count as those of an H200, and looking at what they hold fails."""
+    """Tensors of the CPU count as those of an H200, and looking at what they hold fails, but in a kernel."""
+    running: list[Any] = []
 
-    def look(*args: Any, **options: Any) -> Any:
-        raise AssertionError("to look at what a GPU holds is to wait for it")
+    def forbidden(look: Any) -> Any:
+        def looked(*args: Any, **options: Any) -> Any:
+            assert running, "to look at what a GPU holds is to wait for it"
+            return look(*args, **options)
+
+        return looked
+
+    def run_kernel(chosen: Any, *args: Any) -> None:
+        running.append(chosen)
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setenv("TRITON_INTERPRET", "1")
+            INTERPRETED(chosen, *args)
+        running.pop()
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (attention_dense, attention_request, select):
@@ -39,9 +51,13 @@ def on_a_gpu() -> Iterator[None]:
                 if hasattr(module, name):
                     patch.setattr(module, name, lambda array, found=found: found)
         for name in LOOKS:
-            patch.setattr(torch.Tensor, name, look)
+            patch.setattr(torch.Tensor, name, forbidden(getattr(torch.Tensor, name)))
+        patch.setattr(attention_request, "run_kernel", run_kernel)
         patch.delenv("TRITON_INTERPRET", raising=False)
         yield
+
+
+INTERPRETED = attention_request.run_kernel
 
 
 def test_looking_at_a_tensor_is_seen() -> None:
@@ -74,6 +90,25 @@ def test_a_call_is_chosen_for_and_run_without_a_look(case: AttentionCase) -> Non
     exact = reference(case, batch)
     result = AttentionResult(as_numpy(got.out), as_numpy(got.lse))
     assert_close(result, exact, straightforward(case, batch, exact, "fp64"))
+
+
+THERE = (
+    paged("there_paged", (1, 3), (37, 20), **heads(4, 2, 16)),
+    paged("there_shared", (1, 1), (70, 70), **heads(2, 1, 16)),
+    paged("there_latent", (1, 1), (33, 20), **heads(16, 1, 24, 16)),
+)
+
+
+@pytest.mark.parametrize("case", THERE, ids=lambda case: case.name)
+def test_pages_are_chosen_for_and_read_without_a_look(case: AttentionCase) -> None:
+    batch = attention_batch(case)
+    tensors = Guarded("cpu").tensors(batch)
+    ops.reset_choices()
+    with on_a_gpu():
+        got = ops.paged_attention(**tensors)
+    assert ops.choices() == {("paged_attention", "triton_paged"): 1}
+    exact = reference(case, batch)
+    assert_close(AttentionResult(as_numpy(got.out), as_numpy(got.lse)), exact, straightforward(case, batch, exact))
 
 
 @pytest.mark.parametrize(

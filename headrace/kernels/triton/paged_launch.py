@@ -309,9 +309,7 @@ def paged_variants(kernel: Any) -> list[Variant]:
         ("verify d128 bf16", common, 8, {}),
         ("prefill d128 bf16", common, 4096, {}),
     ]
-    return [
-        _variant(kernel, name, chip, dims, tokens, given) for name, dims, tokens, given in cases for chip in CHIPS
-    ]
+    return [_variant(kernel, name, chip, dims, tokens, given) for name, dims, tokens, given in cases for chip in CHIPS]
 
 
 def _variant(kernel: Any, name: str, chip: str, dims: Heads, tokens: int, given: dict[str, Any]) -> Variant:
