@@ -21,7 +21,17 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.arrays import check_same_device, check_writable, dtype_name, empty_like, numpy_dtype, shape_of
+from headrace.kernels.arrays import (
+    as_torch,
+    check_same_device,
+    check_writable,
+    dtype_name,
+    empty_like,
+    numpy_dtype,
+    shape_of,
+)
+from headrace.ops.append_checks import check_packed
+from headrace.ops.attention_checks import check_shape, check_type
 from headrace.ops.attention_options import AttentionResult
 from headrace.ops.late import late
 from headrace.ops.per_isa import per_isa
@@ -82,7 +92,15 @@ def merge(
     others = {"sinks": sinks, "out.out": out.out, "out.lse": out.lse}
     check_same_device({"parts[0].out": outs[0]} | {name: array for name, array in others.items() if array is not None})
     asked = placed(request([shape] * len(outs), dtypes, out_dtype), outs[0])
-    choose(kernels(), asked, kernel).run(outs, lses, out=out.out, lse=out.lse, sinks=sinks)
+    chosen = choose(kernels(), asked, kernel)
+    if "cpu" not in chosen.devices:
+        _check_alike(outs, lses, out, sinks)
+        outs, lses = ([as_torch(part, "parts") for part in parts] for parts in (outs, lses))
+        whole, logarithm = as_torch(out.out, "out"), as_torch(out.lse, "lse")
+        sinks = None if sinks is None else as_torch(sinks, "sinks")
+        chosen.run(outs, lses, out=whole, lse=logarithm, sinks=sinks)
+        return out
+    chosen.run(outs, lses, out=out.out, lse=out.lse, sinks=sinks)
     return out
 
 
@@ -145,7 +163,26 @@ def _check_parts(outs: Sequence[Any], lses: Sequence[Any]) -> None:
     check_same_device({f"parts[{i}].{word}": part for word, parts in words for i, part in enumerate(parts)})
 
 
+def _check_alike(outs: Sequence[Any], lses: Sequence[Any], out: AttentionResult, sinks: Any) -> None:
+    """What kernels of GPUs do not check: that all parts are of one shape, and of types that are read."""
+    shape = shape_of(outs[0], "parts[0].out")
+    for i, (part, lse) in enumerate(zip(outs, lses, strict=True)):
+        check_shape(f"parts[{i}].out", part, shape)
+        check_type(f"parts[{i}].out", part, DTYPES[:3])
+        check_type(f"parts[{i}].lse", lse, ("float32",))
+        check_packed(f"parts[{i}].out", part)
+    check_shape("out.out", out.out, shape)
+    check_shape("out.lse", out.lse, shape[:-1])
+    check_type("out.lse", out.lse, ("float32",))
+    check_packed("out.out", out.out)
+    if sinks is not None:
+        check_shape("sinks", sinks, (shape[-2],))
+        check_type("sinks", sinks, ("float32",))
+
+
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of this op, imported when first run."""
-    return per_isa(late("headrace.kernels.cpu.merge_attention"))
+    from headrace.ops import gpu_paged
+
+    return (*gpu_paged.merge_kernels(), *per_isa(late("headrace.kernels.cpu.merge_attention")))

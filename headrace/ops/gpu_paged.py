@@ -85,3 +85,38 @@ def _heads(request: Request, *, wide: bool) -> Heads:
 def chip_of(arch: str) -> str:
     """Whose tiles a generation takes."""
     return "gfx942" if arch.startswith("gfx") else _CHIPS.get(arch or "sm_90", "sm_80")
+
+
+# Append and merge
+
+
+@functools.cache
+def append_kernels() -> tuple[Kernel, ...]:
+    """Those of append_pages and append_latent_pages; what they take is checked in append_checks.py."""
+    speed = KernelSpeed(5e-6, arithmetic=0.1, read=0.5)
+    return (gpu_kernel("triton_append", "headrace.kernels.triton.append_pages", _anything, _by_rows, speed=speed),)
+
+
+def _anything(request: Request) -> list[Reason]:
+    return []
+
+
+@functools.cache
+def merge_kernels() -> tuple[Kernel, ...]:
+    """Those of merge_attention."""
+    speed = KernelSpeed(5e-6, arithmetic=0.1, read=0.7)
+    module = "headrace.kernels.triton.merge_attention"
+    return (gpu_kernel("triton_merge", module, why_not_merge, _by_rows, speed=speed),)
+
+
+def why_not_merge(request: Request) -> list[Reason]:
+    """The kernel's own conditions."""
+    wide = [name for name, dtype in request.dtypes.items() if dtype == "float64"]
+    if wide:
+        return [Reason(f"dtype of {wide[0]}", "float64", " or ".join(_FLOATS), "merge float64 on the CPU")]
+    return []
+
+
+def _by_rows(request: Request, gpu: Gpu) -> Plan:
+    """Each row on its own."""
+    return Plan(workers=gpu.multiprocessors, batch_invariant=True)

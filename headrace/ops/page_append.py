@@ -31,8 +31,9 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.arrays import check_same_device, check_writable, dtype_name, numpy_dtype, shape_of
+from headrace.kernels.arrays import as_torch, check_same_device, check_writable, dtype_name, numpy_dtype, shape_of
 from headrace.ops import norm
+from headrace.ops.append_checks import check_append
 from headrace.ops.kv_formats import FORMAT_OF_DTYPE, quantize
 from headrace.ops.late import late
 from headrace.ops.per_isa import per_isa
@@ -133,8 +134,13 @@ def run(given: Mapping[str, Any], *, interleaved: bool, eps: float, spread: bool
         raise ArgumentError(f"eps: expected a finite number >= 0, got {eps}")
     check_same_device(arrays)
     asked = placed(request(shapes, {name: dtype_name(array) for name, array in arrays.items()}), arrays["key"])
-    choose(kernels(), asked, kernel).run(arrays, bool(interleaved), float(eps), bool(spread))
-    return arrays.get("out")
+    chosen = choose(kernels(), asked, kernel)
+    rotated = arrays.get("out")
+    if "cpu" not in chosen.devices:
+        check_append(arrays)
+        arrays = {name: as_torch(array, name) for name, array in arrays.items()}
+    chosen.run(arrays, bool(interleaved), float(eps), bool(spread))
+    return rotated
 
 
 def request(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]) -> Request:
@@ -196,4 +202,6 @@ def spread_reference(x: np.ndarray) -> np.ndarray:
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of this op, imported when first run."""
-    return per_isa(late("headrace.kernels.cpu.append_pages"))
+    from headrace.ops import gpu_paged
+
+    return (*gpu_paged.append_kernels(), *per_isa(late("headrace.kernels.cpu.append_pages")))
