@@ -25,7 +25,9 @@ from headrace.errors import ArgumentError
 from headrace.gpu_machine import arch_in_use
 from headrace.kernels import cpu
 from headrace.kernels.arrays import Buffer, dtype_name, numpy_dtype
+from headrace.kernels.device_weight import DeviceWeight
 from headrace.ops.explanation import Candidate, Explanation, explain_request
+from headrace.ops.gpu_linear import device_request
 from headrace.ops.select import Kernel, Request, placed
 
 Dtypes = str | Mapping[str, str]
@@ -240,8 +242,12 @@ def _of_linear(asked: Given) -> list[Asked]:
     weight, precision = given["weight"], given["precision"]
     if precision not in linear.PRECISIONS:
         raise ArgumentError(f"precision: expected one of {', '.join(linear.PRECISIONS)}, got {precision!r}")
-    name = weight.format if isinstance(weight, linear.PackedWeight) else _format(weight, asked.dtype)
-    request = linear.request(given["x"].shape[0], [(name, *weight.shape)], dtype_name(given["x"]), precision)
+    tokens, own = given["x"].shape[0], dtype_name(given["x"])
+    if isinstance(weight, DeviceWeight):
+        return [Asked(placed(device_request(tokens, [weight], own, precision), given["x"]))]
+    packed = getattr(weight, "format", None)
+    name = packed or _format(weight, asked.dtype)
+    request = linear.request(tokens, [(name, *weight.shape)], own, precision, "cpu" if packed else "")
     return [Asked(placed(request, given["x"]))]
 
 

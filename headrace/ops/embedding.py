@@ -7,27 +7,43 @@ The table is a packed weight of any format, so that a model whose head is its em
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.arrays import dtype_name, empty_like, shape_of
-from headrace.kernels.cpu import _native as native
-from headrace.kernels.cpu.arrays import as_tensor, runner_of
-from headrace.kernels.cpu.linear import PackedWeight
+from headrace.kernels.arrays import check_same_device, dtype_name, empty_like, shape_of
+from headrace.kernels.device_weight import DeviceWeight
+
+if TYPE_CHECKING:
+    from headrace.kernels.cpu.linear import PackedWeight
 
 
-def embedding(ids: Any, table: PackedWeight, *, out: Any = None) -> Any:
+def embedding(ids: Any, table: PackedWeight | DeviceWeight, *, out: Any = None) -> Any:
     """Rows of the table as float32, bit for bit what the format defines.
 
-    ids: [tokens] int32; out: [tokens, dim] float32. Raises ArgumentError for an id outside the table.
+    ids: [tokens] int32; out: [tokens, dim] float32. Raises ArgumentError for an id outside the table; on a GPU, where
+    nobody waits for the ids, such a row is NaN.
     """
     _check_indices(ids, "ids")
+    if isinstance(table, DeviceWeight):
+        return _on_device(ids, table, out)
+    from headrace.kernels.cpu import _native as native
+    from headrace.kernels.cpu.arrays import as_tensor, runner_of
+
     if out is None:
         out = empty_like(ids, (shape_of(ids, "ids")[0], table.shape[1]), "float32")
     native.embedding(runner_of(ids, out), as_tensor(out, "out"), as_tensor(ids, "ids"), table)
     return out
+
+
+def _on_device(ids: Any, table: DeviceWeight, out: Any) -> Any:
+    from headrace.kernels.triton.weight import dequantize
+
+    check_same_device({"ids": ids, "table": table.codes} | ({} if out is None else {"out": out}))
+    found = ids.clamp(0, table.shape[0] - 1)
+    rows = dequantize(table, found.long()).masked_fill((found != ids)[:, None], float("nan"))
+    return rows if out is None else out.copy_(rows)
 
 
 def select_rows(x: Any, rows: Any, *, out: Any = None) -> Any:
@@ -35,6 +51,9 @@ def select_rows(x: Any, rows: Any, *, out: Any = None) -> Any:
 
     Raises ArgumentError for a number outside x.
     """
+    from headrace.kernels.cpu import _native as native
+    from headrace.kernels.cpu.arrays import as_tensor, runner_of
+
     _check_indices(rows, "rows")
     if out is None:
         out = empty_like(rows, (shape_of(rows, "rows")[0], shape_of(x, "x")[1]), "float32")
