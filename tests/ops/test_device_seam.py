@@ -343,7 +343,8 @@ table = {"page_table": torch.tensor([[0, 1]], dtype=torch.int32), "sequence_lens
 starts = torch.tensor([0, 5], dtype=torch.int32)
 paged = ops.paged_attention(array[0], pages, pages, **table, query_starts=starts, kernel="triton_paged")
 torch.testing.assert_close(paged.out, mine.out[0])
-latent = ops.mla_attention(array[0], pages[:, :, 0], **table, query_starts=starts, value_dim=6, scale=1.0, kernel="triton_mla")
+options = {"value_dim": 6, "scale": 1.0, "kernel": "triton_mla"}
+latent = ops.mla_attention(array[0], pages[:, :, 0], **table, query_starts=starts, **options)
 assert latent.out.isfinite().all()
 assert not any(kernel.startswith("cpu") for _, kernel in ops.choices())
 assert sys.modules["headrace.kernels.cpu._native"] is None
