@@ -496,7 +496,7 @@ def _mla_kernel(
     notes = gl.allocate_shared_memory(gl.float32, [2, ROWS], PLAIN)
     barriers = (_barrier(1),)
     for b in gl.static_range(1, BARRIERS):
-        barriers += (_barrier(2 if b == QUERY_FREE else 1),)
+        barriers += (_barrier(2 if b == QUERY_FREE else 1),)  # type: ignore[assignment]
     fence_async_shared()
     query = (query_left, query_right, query_rotated)
     shared = (query, (left, right, rotated), notes, barriers)
