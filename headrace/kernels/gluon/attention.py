@@ -311,7 +311,11 @@ def _pair(count: gl.constexpr):
     return bars
 
 
-@gluon.jit
+# Sizes that change from call to call: taken as they are, or 1, multiples of 16 and others would each be compiled.
+_CHANGING = ("heads", "together", "group", "num_queries", "num_keys", "row_tiles", "row_turns", "right_bound")
+
+
+@gluon.jit(do_not_specialize=_CHANGING)
 def _attention_kernel(
     queries,  # TMA: [batch, queries, heads, dim], boxes of 1 x 64 x 1 x dim
     keys_in,  # TMA: [batch, keys, KV heads, dim], boxes of 1 x 128 x 1 x dim
@@ -409,10 +413,7 @@ def variants() -> list[Variant]:
     ]
 
 
-_INTEGERS = (
-    *("heads", "together", "group", "num_queries", "num_keys", "row_tiles", "row_turns", "right_bound"),
-    *("out_batch", "out_row", "out_head"),
-)
+_INTEGERS = (*_CHANGING, "out_batch", "out_row", "out_head")
 
 
 def _variant(dtype: str, dim: int, has_lens: bool, told: Mapping[str, tuple[str, ...]]) -> Variant:

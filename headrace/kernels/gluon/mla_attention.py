@@ -461,7 +461,11 @@ def _barrier(count: gl.constexpr):
     return bar
 
 
-@gluon.jit
+# Sizes that change from call to call: taken as they are, or 1, multiples of 16 and others would each be compiled.
+_CHANGING = ("heads", "tokens", "pages", "most_keys", "table_stride", "right_bound")
+
+
+@gluon.jit(do_not_specialize=_CHANGING)
 def _mla_kernel(
     rows,  # TMA: queries [tokens * heads, 576], boxes of 64 x 64
     latents,  # TMA: [pages, page_size, 576], boxes of 1 x 64 x 64
@@ -609,17 +613,7 @@ _POINTERS = {
     **dict.fromkeys(("lse", "partial_out", "partial_lse"), "*fp32"),
     **dict.fromkeys(("items", "bounds", "page_table", "key_lens", "query_starts"), "*i32"),
 }
-_INTEGERS = (
-    "heads",
-    "tokens",
-    "pages",
-    "page_size",
-    "most_keys",
-    "table_stride",
-    "right_bound",
-    "out_token",
-    "out_head",
-)
+_INTEGERS = (*_CHANGING, "page_size", "out_token", "out_head")
 
 
 def variants() -> list[Variant]:

@@ -43,7 +43,10 @@ def _slot(bounds, worker, item, tile, tiles_together):
     return (2 * worker + tl.where(first, 0, 1)) * tiles_together + tile
 
 
-@triton.jit
+_CHANGING = ("heads", "tokens", "most_keys", "workers", "tiles_together")
+
+
+@triton.jit(do_not_specialize=_CHANGING)
 def _merge_kernel(
     partial_out,
     partial_lse,
@@ -138,7 +141,7 @@ def merge(arrays: Any, partial: Any, lists: Any, *, workers: int, tiles_together
 
 _CONSTANTS = {"TILE": TILE, "UNIT": UNIT, "ROWS": ROWS, "COLUMNS": 512}
 _POINTERS = {"partial_out": "*fp32", "partial_lse": "*fp32", "lse": "*fp32", "key_lens": "*i32", "query_starts": "*i32"}
-_INTEGERS = ("heads", "tokens", "most_keys", "workers", "tiles_together", "out_token", "out_head")
+_INTEGERS = (*_CHANGING, "out_token", "out_head")
 
 
 def variants() -> list[Variant]:

@@ -38,7 +38,10 @@ def _first_above(ends, count, value, STEPS: tl.constexpr):
     return low
 
 
-@triton.jit
+_INTEGERS = ("requests", "heads", "tokens", "most_keys", "most_items", "workers", "tiles_together")
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
 def _plan_kernel(
     key_lens,
     query_starts,
@@ -140,7 +143,6 @@ def plan_work(
 
 _CONSTANTS = {"OVERHEAD": OVERHEAD, "SNAP": SNAP, "TILE": TILE, "UNIT": UNIT}
 _POINTERS = ("key_lens", "query_starts", "items", "bounds", "chunk_ends", "line_ends")
-_INTEGERS = ("requests", "heads", "tokens", "most_keys", "most_items", "workers", "tiles_together")
 
 
 def variants() -> list[Variant]:
