@@ -32,7 +32,7 @@ def rotate_kernels() -> tuple[Kernel, ...]:
 
 def row_kernels() -> tuple[Kernel, ...]:
     """embedding of floats, and select_rows."""
-    return (gpu_kernel("triton_embedding", "headrace.kernels.triton.embedding", _nothing, by_row),)
+    return (gpu_kernel("triton_embedding", "headrace.kernels.triton.embedding", _unpacked, by_row),)
 
 
 def sampling_kernels() -> tuple[Kernel, ...]:
@@ -47,6 +47,12 @@ def by_row(request: Request, gpu: object) -> Plan:
 
 def _nothing(request: Request) -> list[Reason]:
     return []
+
+
+def _unpacked(request: Request) -> list[Reason]:
+    if request.dtypes["table"] != "packed":
+        return []
+    return [Reason("table", "a packed weight", "an array of floats", "the matrix itself, on the GPU")]
 
 
 def _vocabulary(request: Request) -> list[Reason]:

@@ -22,7 +22,9 @@ def numpy_kernel(name: str, module: str, function: str = "run") -> Kernel:
 
 
 def why_not(request: Request) -> list[Reason]:
-    """Arrays elsewhere."""
+    """Arrays elsewhere, and packed weights."""
+    if "packed" in request.dtypes.values():
+        return [Reason("table", "a packed weight", "an array", "a native kernel")]
     if request.device == "cpu":
         return []
     return [Reason(DEVICE, request.device, "cpu", "array.cpu(), or a kernel for the GPU")]

@@ -13,7 +13,6 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from headrace.kernels.arrays import empty_like
 from headrace.kernels.triton.launch import on_device_of
 from headrace.kernels.triton.rows import packed
 from headrace.kernels.triton.variants import Variant
@@ -32,11 +31,10 @@ def take_rows(table, numbers, out, table_stride, out_stride, num_table_rows, dim
     tl.store(out + row * out_stride + columns, values.to(tl.float32).to(out.dtype.element_ty), mask=columns < dim)
 
 
-def run(numbers: Any, table: Any, out: Any) -> Any:
-    """Rows of the table [rows, dim] by numbers int32 [n], float32 unless `out` is given."""
+def run(numbers: Any, table: Any, out: Any) -> None:
+    """Rows of the table [rows, dim] by numbers int32 [n]."""
     ids, source = packed(numbers, "ids", dtype="int32"), packed(table, "table")
     shape = (len(ids), source.shape[1])
-    out = empty_like(numbers, shape, "float32") if out is None else out
     target = packed(out, "out", shape)
     if target.numel():
         with on_device_of(source):
@@ -44,7 +42,6 @@ def run(numbers: Any, table: Any, out: Any) -> Any:
                 source, ids, target, source.stride(0), target.stride(0), source.shape[0], shape[1],
                 COLUMNS=COLUMNS, num_warps=4,
             )  # fmt: skip
-    return out
 
 
 def variants() -> list[Variant]:

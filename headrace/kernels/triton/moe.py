@@ -3,7 +3,8 @@
 Wins always there. Bound: few tokens, the bytes of the chosen experts; many, 6 * tokens * top_k * dim * ffn_dim FLOPs.
 Schedule, up to 4 tokens ("direct", no sorting; two launches):
   1. A program per (token, place) and some columns of ffn_dim: it reads which expert, streams those rows of gate and up
-     once, multiplies by x in float32 and writes activation(gate x) * up x.
+     once, multiplies by x in float32 and writes activation(gate x) * up x. Programs of the same
+     columns start together: a row that two tokens want is read from memory once.
   2. A program per token and some columns of dim: all its experts' rows of down one after another, weighted, in one sum.
 More tokens ("grouped"; five launches, none of which waits for the host):
   1. `moe_routing.group_pairs`: pairs by expert, tiles of 16, 64 or 128 rows; how many at most follows from the shapes.
@@ -110,11 +111,11 @@ def gate_up_row(
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a pair's hidden row."""
-    pair = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
     expert = tl.load(experts + pair).to(tl.int64)
     if (expert < 0) | (expert >= num_experts):
         return
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (columns < ffn_dim)[:, None]
     gate += expert * gate_expert + columns.to(tl.int64)[:, None] * gate_row
     up += expert * up_expert + columns.to(tl.int64)[:, None] * up_row
@@ -137,8 +138,8 @@ def down_row(
     num_experts, dim, ffn_dim, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a token's output: its experts in the order of its places."""
-    token = tl.program_id(1).to(tl.int64)
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (columns < dim)[:, None]
     total = tl.zeros([COLUMNS], tl.float32)
     for place in range(TOP_K):
@@ -274,11 +275,11 @@ def _run_direct(arrays: Mapping[str, torch.Tensor], options: Mapping[str, Any]) 
     hidden = torch.empty((tokens * top_k, ffn_dim), dtype=x.dtype, device=x.device)
     shape = {"TOP_K": top_k, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    gate_up_row[(triton.cdiv(ffn_dim, tile.columns), tokens * top_k)](
+    gate_up_row[(tokens * top_k, triton.cdiv(ffn_dim, tile.columns))](
         x, gate, up, experts, hidden, x.stride(0), gate.stride(0), gate.stride(1), up.stride(0), up.stride(1),
         num_experts, dim, ffn_dim, ACTIVATION=options["activation"], **shape, **launch,
     )  # fmt: skip
-    down_row[(triton.cdiv(dim, tile.columns), tokens)](
+    down_row[(tokens, triton.cdiv(dim, tile.columns))](
         hidden, down, experts, arrays["weights"], residual, out, down.stride(0), down.stride(1),
         0 if residual is None else residual.stride(0), out.stride(0), num_experts, dim, ffn_dim, **shape, **launch,
     )  # fmt: skip

@@ -6,10 +6,10 @@ import pytest
 from headrace.check.compare import assert_within_budget, poisoned, rounded
 from headrace.check.guards import Guarded, as_numpy
 from headrace.config import RopeConfig
+from headrace.ops import embedding as rows
 from headrace.ops import rope
 
 pytest.importorskip("torch")
-embedding = pytest.importorskip("headrace.kernels.triton.embedding")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -50,7 +50,9 @@ def test_rows_of_a_table_are_copied_and_those_outside_are_nan(device, dtype):
     table = rounded(np.random.default_rng(4).standard_normal((7, 1030)), dtype)[:, 1:1026]
     guarded = Guarded(device)
     out = guarded.tensor(poisoned((5, 1025), "float32"), "out")
-    embedding.run(guarded.tensor(np.array([6, 0, 7, 6, -1], np.int32)), guarded.tensor(table), out)
+    rows.embedding(
+        guarded.tensor(np.array([6, 0, 7, 6, -1], np.int32)), guarded.tensor(table), out=out, kernel="triton_embedding"
+    )
     got = as_numpy(out)
     assert np.array_equal(got[[0, 1, 3]], table[[6, 0, 6]].astype(np.float32)) and np.isnan(got[[2, 4]]).all()
     guarded.assert_untouched()
