@@ -24,7 +24,7 @@ from headrace.ops.explanation import Explanation, explain_request
 from headrace.ops.select import machine_of
 
 _HOPELESS = 8.0  # times slower in the first sample than the fastest: not measured again
-_FAR_FETCHED = 40.0  # times slower as predicted than the chosen: not measured at all
+_FAR_FETCHED = 20.0  # times slower as predicted than the chosen: not measured at all
 Note = Callable[[Any], None]
 
 
