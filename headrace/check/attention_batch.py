@@ -197,7 +197,7 @@ def _plain_mixture(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Softmax as written in low precision. `shift`: weights are of exp(score - largest - shift)."""
     dtype = np.float64 if arithmetic == "fp64" else np.float32
-    narrow = _NARROW.get(arithmetic, np.asarray)
+    narrow = NARROW.get(arithmetic, np.asarray)
     group, order, elements = query.shape[1] // keys.shape[1], shuffle(len(keys)), shuffle(query.shape[2])
     query, keys, values = (narrow(array.astype(dtype)) for array in (query, keys[order], values[order]))
     keys, values = per_head(keys, group), per_head(values, group)
@@ -205,7 +205,7 @@ def _plain_mixture(
     scores = capped(scores, None if options.softcap is None else dtype(options.softcap))
     scores = scores + bias[..., order].astype(dtype)
     largest = np.max(scores, axis=-1, initial=-np.inf)
-    largest = np.where(np.isneginf(largest), dtype(0), largest) + dtype(shift if arithmetic in _NARROW else 0)
+    largest = np.where(np.isneginf(largest), dtype(0), largest) + dtype(shift if arithmetic in NARROW else 0)
     weights = np.exp(scores - largest[..., None])
     total = weights.sum(axis=-1)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -222,7 +222,7 @@ def _as_tf32(array: np.ndarray) -> np.ndarray:
 
 
 # What operands are rounded to, of arithmetic narrower than float32. (tf32x3: to nothing less.)
-_NARROW: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+NARROW: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "bf16": lambda array: rounded(array, "bfloat16").astype(np.float32),
     "fp16": lambda array: rounded(array, "float16").astype(np.float32),
     "tf32": _as_tf32,

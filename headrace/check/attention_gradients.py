@@ -5,19 +5,20 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 from headrace.check import attention_batch as forward
 from headrace.check.attention_cases import DENSE, RAGGED, AttentionCase, dense, heads, ragged
-from headrace.check.compare import assert_within_budget, rounded
+from headrace.check.compare import assert_within_budget, poisoned, rounded
+from headrace.check.guards import Guarded, as_numpy
 from headrace.kernels.arrays import dtype_name
-from headrace.machine import this_machine
 from headrace.ops import attention_gradients
 from headrace.ops.attention_formula import capped, per_head
 from headrace.ops.attention_gradients import AttentionGradients
 from headrace.ops.attention_options import AttentionOptions, AttentionResult
-from headrace.ops.select import Reason
+from headrace.ops.select import Reason, machine_of
 
 NAMES = ("query", "key", "value", "sinks")
 
@@ -91,16 +92,41 @@ def assert_gradients_hold(
     *,
     precision: str = "auto",
     seed: int = 0,
+    device: str | None = None,
 ) -> None:
-    """Raises AssertionError where a gradient that the kernel computes is outside its budget."""
+    """Raises AssertionError where a gradient that the kernel computes is outside its budget.
+
+    device: "cpu" or "cuda", of kernels that take tensors; then also where they write beside their arrays.
+    """
     batch, exact, plain = expected(case, dtype, query_dtype, seed)
     [found] = [each for each in attention_gradients.kernels() if each.name == kernel]
-    asked = attention_gradients.request_of(attention_gradients.prepared(**batch | {"precision": precision}))
-    arithmetic = found.planned(asked, this_machine()).arithmetic
+    given = batch if device is None else Guarded(device).tensors(batch)
+    asked = attention_gradients.request_of(attention_gradients.prepared(**given | {"precision": precision}))
+    arithmetic = found.planned(asked, machine_of(asked)).arithmetic
     if arithmetic not in plain:
         plain[arithmetic] = straightforward(batch, exact, arithmetic)
-    got = attention_gradients.attention_backward(**batch, precision=precision, kernel=kernel)
+    compute = attention_gradients.attention_backward if device is None else functools.partial(computed_on, device)
+    got = compute(**batch, precision=precision, kernel=kernel)
     assert_gradients_close(got, exact, plain[arithmetic])
+
+
+def computed_on(device: str, **arguments: Any) -> AttentionGradients:
+    """The op of tensors on that device, each in guarded memory, gradients over NaN; AssertionError where anything
+    beside an array was written to."""
+    guarded = Guarded(device)
+    tensors = guarded.tensors(arguments)
+
+    def guarded_like(array: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        return guarded.tensor(poisoned(shape, dtype), "a gradient")
+
+    with mock.patch.object(attention_gradients, "empty_like", guarded_like):
+        found = attention_gradients.attention_backward(**tensors)
+    guarded.assert_untouched()
+    return AttentionGradients(*(_host(getattr(found, name)) for name in NAMES))
+
+
+def _host(tensor: Any) -> Any:
+    return None if tensor is None else as_numpy(tensor)
 
 
 def assert_gradients_close(got: AttentionGradients, exact: AttentionGradients, plain: AttentionGradients) -> None:
@@ -157,7 +183,7 @@ def _plain_gradients(
 ) -> AttentionGradients:
     """The formula as written in low precision; rows, keys and the elements of products in a shuffled order."""
     dtype = np.float64 if arithmetic == "fp64" else np.float32
-    narrow = _narrow if arithmetic == "bf16" else np.asarray
+    narrow = forward.NARROW.get(arithmetic, np.asarray)
     group, rows, order = query.shape[1] // keys.shape[1], shuffle(len(query)), shuffle(len(keys))
     query, d_out, out = (array[rows].astype(dtype) for array in (query, d_out, given.out[own]))
     lse, d_lse = (array[rows].astype(dtype).T for array in (given.lse[own], d_lse))
@@ -179,10 +205,6 @@ def _plain_gradients(
         _restored(_summed_over_heads(narrow(weights), narrow(d_out), group), order),
         None if sinks is None else -(np.exp(sink[:, None] - total) * shared).sum(axis=1, dtype=dtype),
     )
-
-
-def _narrow(array: np.ndarray) -> np.ndarray:
-    return rounded(array, "bfloat16").astype(np.float32)
 
 
 def _products(rows: np.ndarray, keys: np.ndarray, shuffle: Callable[[int], np.ndarray]) -> np.ndarray:

@@ -15,7 +15,7 @@ import pkgutil
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,10 +108,18 @@ def _source(variant: Any) -> Any:
     if missing:
         raise ValueError(f"{variant.name}: types and constants do not fit the kernel's arguments: {sorted(missing)}")
     signature = {name: variant.types.get(name, "constexpr") for name in names}
-    known = [n for n, name in enumerate(names) if signature[name].startswith("*") or name in variant.aligned]
-    attributes = {(number,): [["tt.divisibility", 16]] for number in known}
+    attributes = {place: [["tt.divisibility", 16]] for place in _aligned(signature, variant.aligned)}
     kind = GluonASTSource if isinstance(variant.kernel, GluonJITFunction) else ASTSource
     return kind(variant.kernel, signature, dict(variant.constants), attributes)
+
+
+def _aligned(signature: Mapping[str, Any], aligned: Sequence[str]) -> Iterator[tuple[int, ...]]:
+    """The places of pointers and of numbers known to be multiples of 16; those inside tuples have two."""
+    for number, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple) and name in aligned:
+            yield from ((number, inner) for inner in range(len(kind)))
+        elif not isinstance(kind, tuple) and (kind.startswith("*") or name in aligned):
+            yield (number,)
 
 
 def resources(binary: Any) -> tuple[int, int]:

@@ -203,7 +203,9 @@ def traffic(call: Call, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[s
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of this op, imported when first run."""
-    return kernels_over(late("headrace.kernels.cpu.attention_backward"))
+    from headrace.ops import gpu_attention
+
+    return (*gpu_attention.backward_kernels(), *kernels_over(late("headrace.kernels.cpu.attention_backward")))
 
 
 # What is exact

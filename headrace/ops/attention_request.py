@@ -298,10 +298,11 @@ def kernels_of(op: str) -> tuple[Kernel, ...]:
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of dense, ragged and paged attention, those of GPUs first, imported when first run."""
-    from headrace.ops import gpu_hopper, gpu_paged, gpu_torch
+    from headrace.ops import gpu_attention, gpu_hopper, gpu_paged, gpu_torch
 
     return (
         *gpu_hopper.kernels(),
+        *gpu_attention.kernels(),
         *gpu_paged.kernels(),
         *gpu_torch.kernels(),
         *kernels_over(late("headrace.kernels.cpu.attention")),

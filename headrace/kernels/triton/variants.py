@@ -25,7 +25,8 @@ SHARED_BYTES: Mapping[str, int] = {"sm_80": 166912, "sm_90": 232448, "sm_100": 2
 class Variant:
     """One configuration. The kernel must have been imported without TRITON_INTERPRET to be compiled.
 
-    types: of each argument that is no constexpr, in Triton's spelling: "*bf16", "i32", "fp32", "tensordesc<..>";
+    types: of each argument that is no constexpr, in Triton's spelling: "*bf16", "i32", "fp32", "tensordesc<..>",
+    or a tuple of these;
     integers that are always multiples of 16 (strides, as a rule) are named in `aligned`, pointers always are.
     instructions: for a chip, pieces of text that its assembly must hold ("wgmma.mma_async").
     overlapping: products of warpgroups run on while others are issued; ptxas makes each wait for the one before it, and
@@ -34,7 +35,7 @@ class Variant:
 
     name: str
     kernel: Any
-    types: Mapping[str, str]
+    types: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int = 4
     num_stages: int = 3

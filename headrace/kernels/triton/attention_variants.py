@@ -1,0 +1,148 @@
+"""The configurations of attention that are compiled ahead of time: calls on arrays without memory, prepared like any.
+
+Each case is a call as users make it, so that what is compiled here is what `run` would launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from headrace.kernels.triton.attention_backward_call import backward_calls
+from headrace.kernels.triton.attention_call import KernelCall, forward_call
+from headrace.kernels.triton.variants import CHIPS, Variant
+
+OPTIONS = {"top_left": False, "window_left": -1, "window_right": 0, "scale": 0.1, "softcap": 0.0}
+# Addresses and what rows are compared with, computed once for all loops of a walk and read back between them.
+SPILLS = {"keys": {"sm_90": 400}, "queries": {"sm_90": 16}}
+# The halves that tf32x3 makes of each query stay in registers; so do the sums of 512 values.
+LARGE = ("fp32 128", "bf16 576 512")
+SPILLS_OF_HALVES = {"sm_90": 144}
+WGMMA = {"sm_90": ("wgmma.mma_async",)}
+_SPELLED = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+}
+
+
+def empty(*shape: int, dtype: Any = torch.bfloat16) -> torch.Tensor:
+    """An array without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def dense_arrays(
+    dim: int, value_dim: int = 0, dtype: Any = torch.bfloat16, stored: Any = None, tokens: int = 4096
+) -> dict[str, Any]:
+    """A dense call of 32 query heads and 8 KV heads. stored: the type of keys and values."""
+    value_dim, halves = value_dim or dim, 2 if stored == torch.uint8 else 1
+    arrays = {
+        "query": empty(2, tokens, 32, dim, dtype=dtype),
+        "key": empty(2, 4096, 8, dim // halves, dtype=stored or dtype),
+        "value": empty(2, 4096, 8, value_dim // halves, dtype=stored or dtype),
+        "out": empty(2, tokens, 32, value_dim, dtype=dtype),
+        "lse": empty(2, tokens, 32, dtype=torch.float32),
+    }
+    if halves == 2:
+        arrays |= {f"{name}_scales": empty(2, 4096, 8, dtype=torch.float32) for name in ("key", "value")}
+    return arrays
+
+
+def ragged_arrays(dim: int, dtype: Any = torch.bfloat16) -> dict[str, Any]:
+    """The same with tokens of 8 requests one after the other."""
+    arrays = {name: array[0] for name, array in dense_arrays(dim, dtype=dtype).items()}
+    starts = {"query_starts": empty(9, dtype=torch.int32)}
+    return arrays | starts | {name: empty(8, dtype=torch.int32) for name in ("key_starts", "key_lens")}
+
+
+def variant_of(name: str, kernel: Any, call: KernelCall, chip: str, promises: Mapping[str, Any]) -> Variant:
+    """The variant that a prepared call launches on a chip."""
+    types: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    for argument, value in call.arguments.items():
+        if isinstance(value, torch.Tensor):
+            types[argument] = _SPELLED[value.dtype]
+        elif isinstance(value, tuple):
+            types[argument] = ("i32",) * len(value)
+        elif isinstance(value, (int, float)):
+            types[argument] = "i32" if isinstance(value, int) else "fp32"
+        else:
+            constants[argument] = value
+    aligned = tuple(argument for argument in types if argument.endswith("_strides"))
+    return Variant(
+        name, kernel, types, constants, call.num_warps, call.num_stages, (chip,), aligned, instructions=promises
+    )
+
+
+def forward_variants(kernel: Any) -> list[Variant]:
+    found = []
+    for name, (arrays, options, chips, promises) in _forward_cases().items():
+        for chip in chips:
+            call = forward_call(arrays, OPTIONS | options, chip)
+            made = variant_of(name, kernel, call, chip, promises)
+            found.append(replace(made, spills=SPILLS_OF_HALVES) if name in LARGE else made)
+    return found
+
+
+def _forward_cases() -> dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], Mapping[str, Any]]]:
+    every, hopper, both = tuple(CHIPS), ("sm_90",), ("sm_80", "sm_90")
+    full = dense_arrays(128)
+    vectors = {"sinks": empty(32, dtype=torch.float32), "alibi_slopes": empty(1, 32, dtype=torch.float32)}
+    options = {"window_left": 1000, "softcap": 30.0}
+    bits = {"mask": empty(2, 1, 4096, 4096, dtype=torch.bool)}
+    floats = {"mask": empty(2, 1, 4096, 4096, dtype=torch.float16)}
+    return {
+        "bf16 64": (dense_arrays(64), {}, every, WGMMA),
+        "bf16 128": (full, {}, every, WGMMA),
+        "bf16 256": (dense_arrays(256), {}, every, WGMMA),
+        "bf16 192 128": (dense_arrays(192, 128), {}, hopper, WGMMA),
+        "bf16 576 512": (dense_arrays(576, 512), {}, (*both, "gfx942"), {}),
+        "bf16 128 ragged": (ragged_arrays(128), {}, hopper, WGMMA),
+        "bf16 128 mask": (full | bits, {"window_right": -1}, ("sm_90", "gfx942"), WGMMA),
+        "bf16 128 all options": (full | vectors | floats, options, both, WGMMA),
+        "bf16 128 exact": (full, {"precision": "exact"}, hopper, {}),
+        "bf16 128 decode": (dense_arrays(128, tokens=1), {}, every, {}),
+        "fp32 128": (dense_arrays(128, dtype=torch.float32), {}, every, {}),
+        "fp32 256": (dense_arrays(256, dtype=torch.float32), {}, hopper, {}),
+        "fp32 128 decode": (dense_arrays(128, dtype=torch.float32, tokens=1), {}, both, {}),
+        "float8 128": (dense_arrays(128, stored=torch.float8_e4m3fn), {}, both, WGMMA),
+        "int4 128": (dense_arrays(128, stored=torch.uint8), {}, hopper, WGMMA),
+    }
+
+
+def backward_variants(kernels: Mapping[str, Any]) -> list[Variant]:
+    found = []
+    for name, (arrays, options, chips, promises) in _backward_cases().items():
+        for chip in chips:
+            for kernel, call in backward_calls(with_gradients(arrays), OPTIONS | options, chip):
+                if kernel in kernels and (kernel != "rows" or name == "bf16 128"):
+                    promised = promises if kernel != "rows" else {}
+                    made = variant_of(f"{name} {kernel}", kernels[kernel], call, chip, promised)
+                    found.append(replace(made, spills=SPILLS.get(kernel, {})))
+    return found
+
+
+def with_gradients(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """A call with all that its gradients take."""
+    gradients = {"d_out": "out", "d_query": "query", "d_key": "key", "d_value": "value"}
+    return {**arrays, **{name: torch.empty_like(arrays[of]) for name, of in gradients.items()}}
+
+
+def _backward_cases() -> dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...], Mapping[str, Any]]]:
+    every, hopper, both = tuple(CHIPS), ("sm_90",), ("sm_80", "sm_90")
+    vectors = {"alibi_slopes": empty(1, 32, dtype=torch.float32), "mask": empty(2, 1, 4096, 4096, dtype=torch.bool)}
+    return {
+        "bf16 64": (dense_arrays(64), {}, both, WGMMA),
+        "bf16 128": (dense_arrays(128), {}, every, WGMMA),
+        "bf16 256": (dense_arrays(256), {}, both, {}),
+        "bf16 128 ragged": (ragged_arrays(128), {}, hopper, WGMMA),
+        "bf16 128 all options": (dense_arrays(128) | vectors, {"window_left": 1000, "softcap": 30.0}, hopper, WGMMA),
+        "fp32 128": (dense_arrays(128, dtype=torch.float32), {}, both, {}),
+    }

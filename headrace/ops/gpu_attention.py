@@ -1,0 +1,70 @@
+"""Triton's attention over dense and ragged keys, and its gradients, as candidates: conditions, plan, cost.
+
+They take every option. Keys in pages are other kernels': these would have to look up a page for each tile.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from headrace.gpu_machine import LAUNCH_SECONDS, Gpu
+from headrace.kernels.gpu_products import arithmetic_of
+from headrace.machine import KernelSpeed
+from headrace.ops.per_gpu import gpu_kernel
+from headrace.ops.select import Kernel, Plan, Reason, Request
+
+MODULE = "headrace.kernels.triton.attention"
+# Shares of the roofs, derived in docs/kernels/attention_gpu.md. Of gradients: of the five products that they need.
+FORWARD = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.58, read=0.6)
+BACKWARD = KernelSpeed(4 * LAUNCH_SECONDS, arithmetic=0.38, read=0.5)
+_MOST_TOKENS = 2**30  # positions are counted in 32 bits
+
+
+@functools.cache
+def kernels() -> tuple[Kernel, ...]:
+    """Of attention."""
+    return (gpu_kernel("triton_attention", MODULE, _why_not, _plan, speed=FORWARD),)
+
+
+@functools.cache
+def backward_kernels() -> tuple[Kernel, ...]:
+    """Of its gradients."""
+    return (gpu_kernel("triton_attention_backward", f"{MODULE}_backward", _why_not, _plan, speed=BACKWARD),)
+
+
+def _why_not(request: Request) -> list[Reason]:
+    """What these kernels lack."""
+    if "page_table" in request.shapes or request.op not in ("attention", "attention_backward"):
+        return [Reason("layout", "pages", "dense or ragged keys", "kernels of paged attention take them")]
+    if request.dtypes["query"] == "float64":
+        return [Reason("dtype of query", "float64", "float32, float16 or bfloat16", "torch_math computes in float64")]
+    longest = max(math.prod(request.shapes[name][:-2]) for name in ("query", "key"))
+    if longest >= _MOST_TOKENS:
+        return [Reason("tokens", str(longest), f"less than {_MOST_TOKENS}", "several calls, merged")]
+    return []
+
+
+def _plan(request: Request, gpu: Gpu) -> Plan:
+    """One program for a tile of rows: nothing is split, so bits never depend on the schedule."""
+    dtypes, options = request.dtypes, request.options
+    arithmetic = arithmetic_of(dtypes["query"], dtypes["key"], options["precision"])
+    if arithmetic == "fp32" and request.device == "cuda":
+        arithmetic = "tf32x3"
+    notes = (f"mask recognised as {options['mask']}",) if options.get("mask") else ()
+    return Plan(
+        workers=gpu.multiprocessors,
+        workspace_bytes=_workspace_bytes(request),
+        batch_invariant=bool(options["deterministic"]),
+        arithmetic=arithmetic,
+        notes=notes,
+    )
+
+
+def _workspace_bytes(request: Request) -> int:
+    """Bits of a bool mask; of gradients two numbers for each row."""
+    shapes = request.shapes
+    found = 8 * math.prod(shapes["query"][:-1]) if request.op == "attention_backward" else 0
+    if request.dtypes.get("mask") == "bool":
+        found += 4 * math.prod(shapes["mask"][:-1]) * -(-shapes["mask"][-1] // 32)
+    return found
