@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# The schedule's, in quarters of what a tile of keys takes (schedule.py).
-WEIGHT, SNAP, LEAST = 4, 4, 16
-OVERHEAD = 8
+# The schedule's (schedule.py), in what 16 keys take: a segment begins with the time of 128, and has 256 at least.
+OVERHEAD, SNAP, LEAST = 8, 4, 16
 # Of a part in the batch-invariant mode: a partial result of 64 rows is 3 % of the bytes of so many latents.
 INVARIANT_KEYS = 4096
 MOST_KEYS = 1 << 30  # of a request; in the kernel they are counted in 32 bits
@@ -33,7 +32,7 @@ class Tile:
 
 # By chip and kind of latents, from few rows to many. "codes": of a byte or less; "wide": products of float32.
 TILES: Mapping[tuple[str, str], tuple[Tile, ...]] = {
-    ("sm_90", "plain"): (Tile(16, 64, 8, 2, True), Tile(32, 64, 8, 2, True), Tile(64, 64, 8, 2)),
+    ("sm_90", "plain"): (Tile(16, 32, 4, 5), Tile(32, 64, 8, 2, True), Tile(64, 64, 8, 2)),
     ("sm_90", "codes"): (Tile(16, 32, 4, 3), Tile(64, 32, 8, 2)),
     ("sm_90", "wide"): (Tile(16, 16, 8, 2),),
     ("sm_80", "plain"): (Tile(16, 32, 4, 3),),

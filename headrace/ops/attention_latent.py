@@ -37,7 +37,7 @@ __all__ = ["kernels", "mla_attention", "prepared", "reference"]
 
 
 def kernels() -> tuple[Kernel, ...]:
-    """Its own, then those of paged attention, which read what they take for keys and values apart."""
+    """Its own, then all others of attention: the CPU's read a cached row once as well."""
     return kernels_of("mla_attention")
 
 

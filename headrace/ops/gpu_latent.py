@@ -1,7 +1,7 @@
 """The GPU's kernels of latent attention: what each can do, and how it goes about it.
 
-triton_mla reads a cached row once for scores and values. Behind it the kernels of paged attention stay candidates,
-which read what they take for keys and values apart.
+triton_mla reads a cached row once for scores and values, takes every option and any type. Those of one generation alone
+stand beside it (gpu_hopper.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ def _widths(request: Request) -> Reason | None:
     if value_dim <= mla_tiles.MOST_VALUES and rest <= mla_tiles.MOST_REST:
         return None
     most = f"up to {mla_tiles.MOST_VALUES} + {mla_tiles.MOST_REST}"
-    return Reason("value_dim + rest of the latent", f"{value_dim} + {rest}", most, "a kernel of paged attention")
+    return Reason(
+        "value_dim + rest of the latent",
+        f"{value_dim} + {rest}",
+        most,
+        "paged_attention, of the pages as keys and values",
+    )
 
 
 def _shared_memory(request: Request) -> Reason | None:
@@ -122,9 +127,16 @@ def mla_plan(request: Request, gpu: Gpu) -> Plan:
         workers=math.prod(cut.grid) if not cut.workers else cut.workers * cut.members,
         workspace_bytes=cut.workspace_bytes(_dims(request)[0]),
         batch_invariant=invariant,
+        padding=_padding(request, cut),
         arithmetic=_ARITHMETIC.get(products, exact),
         notes=(tile + side,),
     )
+
+
+def _padding(request: Request, cut: Division) -> float:
+    """Rows of tiles for each row there is, as if all requests had equally many."""
+    rows = request.shapes["query"][1] * max(request.shapes["query"][0] // max(request.shapes["page_table"][0], 1), 1)
+    return -(-rows // cut.tile.rows) * cut.tile.rows / rows
 
 
 def _splits(request: Request, cut: Division) -> int:
@@ -133,5 +145,5 @@ def _splits(request: Request, cut: Division) -> int:
     keys = -(-int(request.options["num_keys"]) // requests)
     if not cut.workers:
         return max(1, min(cut.units, -(-keys // (cut.unit_tiles * cut.tile.keys))))
-    tiles = -(-keys // cut.tile.keys)
-    return max(1, min(-(-cut.workers // max(cut.items - requests, requests)), tiles))
+    most = keys // (16 * mla_tiles.LEAST)
+    return max(1, min(-(-cut.workers // max(cut.items - requests, requests)), most))

@@ -173,7 +173,7 @@ def _line(setup: MlaSetup) -> ScheduleSetup:
         rows=setup.rows * setup.members,
         unit_keys=setup.keys * setup.unit_tiles,
         top_left=setup.top_left,
-        weight=mla_tiles.WEIGHT,
+        weight=setup.keys * setup.unit_tiles // 16,
         overhead=mla_tiles.OVERHEAD,
         merge_cost=mla_tiles.merge_cost(setup.rows),
         snap=mla_tiles.SNAP,
