@@ -13,9 +13,8 @@ from headrace.check.attention_batch import attention_batch, reference, straightf
 from headrace.check.attention_cases import AttentionCase, heads, paged
 from headrace.check.attention_expected import assert_close
 from headrace.check.guards import Guarded, as_numpy
-from headrace.ops import attention_paged
 from headrace.ops.attention_options import AttentionResult
-from headrace.ops.attention_request import kernels
+from headrace.ops.call_request import kernels_of, requests_of
 from headrace.ops.select import machine_of
 
 # Lengths that take as many pages of 16 (and of 64) in all, and as many of the longest: arrays of the same shapes.
@@ -27,11 +26,11 @@ CASES = {"paged": GQA, "latent": LATENT}
 
 @dataclass(frozen=True)
 class Decode:
-    """A case's arrays, as NumPy has them. latent: values are the beginning of the keys."""
+    """A case's arrays, as NumPy has them. kind "latent": values are the beginning of the keys."""
 
+    kind: str
     case: AttentionCase
     arrays: Mapping[str, Any]
-    latent: bool
 
     def tensors(self, device: str) -> dict[str, Any]:
         """The arrays on a device, in guarded memory of their own."""
@@ -44,16 +43,23 @@ def decode(kind: str, key_lens: Sequence[int], dtype: str = "bfloat16", seed: in
     arrays = attention_batch(case, dtype, dtype, seed)
     if kind == "latent":
         arrays["value_pages"] = arrays["key_pages"][..., : case.value_dim]
-    return Decode(case, arrays, kind == "latent")
+    return Decode(kind, case, arrays)
+
+
+def call_of(kind: str, tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The op that a batch is for, and its arguments."""
+    if kind == "paged":
+        return "paged_attention", dict(tensors)
+    rest = {name: one for name, one in tensors.items() if name not in ("key_pages", "value_pages", "scale")}
+    dims = {"value_dim": LATENT.value_dim, "scale": LATENT.head_dim**-0.5}
+    return "mla_attention", {**rest, "latent_pages": tensors["key_pages"][:, :, 0], **dims}
 
 
 def attend(batch: Decode, tensors: Mapping[str, Any], **options: Any) -> AttentionResult:
     """What the op makes of the tensors."""
-    if not batch.latent:
-        return ops.paged_attention(**tensors, **options)
-    rest = {name: one for name, one in tensors.items() if name not in ("query", "key_pages", "value_pages", "scale")}
-    dims = {"value_dim": batch.case.value_dim, "scale": batch.case.head_dim**-0.5}
-    return ops.mla_attention(tensors["query"], tensors["key_pages"][:, :, 0], **rest, **dims, **options)
+    op, given = call_of(batch.kind, tensors)
+    result: AttentionResult = getattr(ops, op)(**given, **options)
+    return result
 
 
 def refill(tensors: Mapping[str, Any], other: Decode) -> None:
@@ -61,27 +67,24 @@ def refill(tensors: Mapping[str, Any], other: Decode) -> None:
     for name, tensor in other.tensors(str(tensors["query"].device)).items():
         if hasattr(tensor, "copy_") and name != "value_pages":
             tensors[name].copy_(tensor)
-    if not other.latent:
+    if other.kind == "paged":
         tensors["value_pages"].copy_(other.tensors(str(tensors["query"].device))["value_pages"])
 
 
 def gpu_kernels(kind: str, tensors: Mapping[str, Any]) -> dict[str, str]:
     """The kernels of GPUs, each with the reason why it cannot take this batch; empty: it can."""
-    request = _request(kind, tensors)
-    ours = [kernel for kernel in kernels() if {"cuda", "hip"} & set(kernel.devices)]
+    op, given = call_of(kind, tensors)
+    [request] = requests_of(op, **given)
+    ours = [kernel for kernel in kernels_of(op) if {"cuda", "hip"} & set(kernel.devices)]
     return {kernel.name: "; ".join(map(str, kernel.why_not(request))) for kernel in ours}
-
-
-def _request(kind: str, tensors: Mapping[str, Any]) -> Any:
-    request = attention_paged.prepared(**tensors).request()
-    return replace(request, op="mla_attention") if kind == "latent" else request
 
 
 def assert_right(batch: Decode, found: AttentionResult, kernel: str, tensors: Mapping[str, Any]) -> None:
     """AssertionError where the result is outside its budget."""
+    op, given = call_of(batch.kind, tensors)
+    [request] = requests_of(op, **given)
+    [of_name] = [each for each in kernels_of(op) if each.name == kernel]
     exact = reference(batch.case, dict(batch.arrays))
-    request = _request("latent" if batch.latent else "paged", tensors)
-    [of_name] = [each for each in kernels() if each.name == kernel]
     arithmetic = of_name.planned(request, machine_of(request)).arithmetic
     plain = straightforward(batch.case, dict(batch.arrays), exact, arithmetic)
     assert_close(AttentionResult(as_numpy(found.out), as_numpy(found.lse)), exact, plain)
