@@ -30,8 +30,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from headrace.kernels.gluon.boxes import boxes
 from headrace.kernels.gluon.unknown import unknown_zero
 from headrace.kernels.triton.launch import num_multiprocessors, on_device_of
 from headrace.kernels.triton.variants import Variant
@@ -378,13 +378,12 @@ def run(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         return
     row_tiles = -(-num_queries // TILE_ROWS.value)
     programs = min(row_tiles * batch * heads, num_multiprocessors(query))
-    boxes = ([1, ROWS.value, 1, dim], [1, KEYS.value, 1, dim], [1, KEYS.value, 1, dim])
+    rows, tile = [1, ROWS.value, 1, dim], [1, KEYS.value, 1, dim]
     with on_device_of(query):
         _attention_kernel[programs,](
-            *(
-                TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), box, STRIDED.value)
-                for tensor, box in zip((query, key, arrays["value"]), boxes, strict=True)
-            ),
+            boxes("query", query, rows, STRIDED.value),
+            boxes("key", key, tile, STRIDED.value),
+            boxes("value", arrays["value"], tile, STRIDED.value),
             out,
             arrays["lse"],
             arrays.get("key_lens"),

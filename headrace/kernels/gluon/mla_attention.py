@@ -34,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headrace.errors import ArgumentError
+from headrace.kernels.gluon.boxes import boxes
 from headrace.kernels.gluon.mla_merge import merge
 from headrace.kernels.gluon.mla_plan import plan_work
 from headrace.kernels.gluon.unknown import unknown_zero
@@ -529,8 +529,6 @@ def run(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         arrays["out"].zero_()
         arrays["lse"].fill_(float("-inf"))
         return
-    if told := why_not_memory(key):
-        raise ArgumentError(f"latent_pages: gluon_mla needs {told}", 'kernel="triton_mla" takes any')
     together = tiles_together(len(arrays["key_lens"]), tokens, heads)
     division = {
         "workers": max(num_multiprocessors(query) // together, 1),
@@ -559,7 +557,7 @@ def _launch(
     with on_device_of(query):
         _mla_kernel[grid](
             TensorDescriptor(query, [tokens * heads, KEY_DIM], [row_stride, 1], [64, 64], SWIZZLED.value),
-            TensorDescriptor(key, list(key.shape), list(key.stride()), [1, 64, 64], PAGED.value),
+            boxes("latent_pages", key, [1, 64, 64], PAGED.value),
             out,
             arrays["lse"],
             *partial,
@@ -598,15 +596,6 @@ def _rows_of(query: torch.Tensor) -> torch.Tensor:
     row_stride = query.stride(1) if heads > 1 else query.stride(0)
     fits = even and query.stride(2) == 1 and row_stride % 8 == 0 and query.data_ptr() % 16 == 0
     return query if fits else query.contiguous()
-
-
-def why_not_memory(key: torch.Tensor) -> str:
-    """What about the pages' memory TMA cannot address; empty: nothing."""
-    if key.data_ptr() % 16:
-        return "a multiple of 16 as their address"
-    if any(stride % 8 for stride in key.stride()[:2]):
-        return f"strides of whole 16 bytes, got {list(key.stride())} elements"
-    return ""
 
 
 _POINTERS = {

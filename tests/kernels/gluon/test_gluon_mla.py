@@ -10,11 +10,13 @@ from headrace.check.compare import poisoned
 from headrace.check.gluon_memory import OutOfOrder
 from headrace.check.gluon_simulator import Deadlock, Simulated, Simulation
 from headrace.check.guards import Guarded, as_numpy
+from headrace.errors import ArgumentError
 from headrace.ops.attention_latent import mla_attention
 from headrace.ops.attention_options import AttentionOptions, AttentionResult
 
 torch = pytest.importorskip("torch")
 mla = pytest.importorskip("headrace.kernels.gluon.mla_attention")
+boxes = mla.boxes
 KERNEL = mla._mla_kernel
 SHAPE = heads(16, 1, 576, 512)
 CASES = (
@@ -149,7 +151,18 @@ def test_on_the_gpu_large_batches_agree_with_the_portable_kernel(num_heads, toke
     assert (found[0].out.float() - found[1].out.float()).abs().max() <= 2 * 2**-8 * found[1].out.abs().max()
 
 
-def test_pages_tma_cannot_address_are_told():
+def test_memory_that_tma_cannot_address_is_told():
     pages = torch.zeros(4, 64, 580, dtype=torch.float16)
-    assert not mla.why_not_memory(pages[..., :576].contiguous())
-    assert "16 bytes" in mla.why_not_memory(pages[..., :576])
+    with pytest.raises(ArgumentError, match="latent_pages: .* strides of whole 16 bytes"):
+        boxes("latent_pages", pages[..., :576], [1, 64, 64], mla.PAGED.value)
+    with pytest.raises(ArgumentError, match="address"):
+        boxes(
+            "latent_pages", pages.flatten()[1:].as_strided((4, 64, 576), (36864, 576, 1)), [1, 64, 64], mla.PAGED.value
+        )
+    with pytest.raises(ArgumentError, match="contiguous rows"):
+        boxes("latent_pages", pages.transpose(1, 2), [1, 64, 64], mla.PAGED.value)
+
+
+def test_strides_of_dimensions_of_one_do_not_matter():
+    found = boxes("key", torch.zeros(64, 8, dtype=torch.float16)[None], [1, 64, 8], mla.PAGED.value)
+    assert found.strides == [8, 8, 1] and found.shape == [1, 64, 8]
