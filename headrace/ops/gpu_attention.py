@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 
 from headrace.gpu_machine import LAUNCH_SECONDS, Gpu
 from headrace.kernels.gpu_products import arithmetic_of
 from headrace.machine import KernelSpeed
-from headrace.ops.per_gpu import gpu_kernel
+from headrace.ops.per_gpu import gpu_kernel, tiled_plan
 from headrace.ops.select import Kernel, Plan, Reason, Request
 
 MODULE = "headrace.kernels.triton.attention"
 # Shares of the roofs, derived in docs/kernels/attention_gpu.md. Of gradients: of the five products that they need.
 FORWARD = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.58, read=0.6)
 BACKWARD = KernelSpeed(4 * LAUNCH_SECONDS, arithmetic=0.38, read=0.5)
+_FEW_ROWS, _ROWS = 16, 128  # of a tile: few of them hold all heads that read the same keys
 _MOST_TOKENS = 2**30  # positions are counted in 32 bits
 
 
@@ -52,13 +54,17 @@ def _plan(request: Request, gpu: Gpu) -> Plan:
     if arithmetic == "fp32" and request.device == "cuda":
         arithmetic = "tf32x3"
     notes = (f"mask recognised as {options['mask']}",) if options.get("mask") else ()
-    return Plan(
-        workers=gpu.multiprocessors,
-        workspace_bytes=_workspace_bytes(request),
-        batch_invariant=bool(options["deterministic"]),
-        arithmetic=arithmetic,
-        notes=notes,
-    )
+    tiles = tiled_plan(request, gpu, rows=_FEW_ROWS, packed=True)
+    if _rows(request) > _FEW_ROWS:
+        tiles = tiled_plan(request, gpu, rows=_ROWS)
+    return replace(tiles, workspace_bytes=_workspace_bytes(request), arithmetic=arithmetic, notes=notes)
+
+
+def _rows(request: Request) -> int:
+    """Query rows of a request that read the same keys."""
+    query, heads = request.shapes["query"], request.shapes["key"][-2]
+    requests = query[0] if len(query) == 4 else max(request.shapes["query_starts"][0] - 1, 1)
+    return math.prod(query[:-2]) // max(requests, 1) * query[-2] // heads
 
 
 def _workspace_bytes(request: Request) -> int:

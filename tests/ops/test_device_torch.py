@@ -20,7 +20,16 @@ from headrace.check.attention_cases import AttentionCase, dense, heads, paged, r
 from headrace.check.attention_expected import assert_close
 from headrace.check.guards import Guarded, as_numpy
 from headrace.errors import ArgumentError, KernelError
-from headrace.ops import attention_dense, attention_paged, attention_request, select, sparse, torch_gather, torch_sparse
+from headrace.ops import (
+    attention_dense,
+    attention_gradients,
+    attention_paged,
+    attention_request,
+    select,
+    sparse,
+    torch_gather,
+    torch_sparse,
+)
 from headrace.ops.attention_options import AttentionResult
 
 LOOKS = ("__array__", "__bool__", "__float__", "__index__", "__int__", "cpu", "item", "numpy", "tolist")
@@ -52,7 +61,8 @@ def on_a_gpu() -> Iterator[None]:
                     patch.setattr(module, name, lambda array, found=found: found)
         for name in LOOKS:
             patch.setattr(torch.Tensor, name, forbidden(getattr(torch.Tensor, name)))
-        patch.setattr(attention_request, "run_kernel", run_kernel)
+        for module in (attention_gradients, attention_request):
+            patch.setattr(module, "run_kernel", run_kernel)
         patch.delenv("TRITON_INTERPRET", raising=False)
         yield
 
@@ -109,6 +119,43 @@ def test_pages_are_chosen_for_and_read_without_a_look(case: AttentionCase) -> No
     assert ops.choices() == {("paged_attention", "triton_paged"): 1}
     exact = reference(case, batch)
     assert_close(AttentionResult(as_numpy(got.out), as_numpy(got.lse)), exact, straightforward(case, batch, exact))
+
+
+RAGGED = (
+    ragged("there_ragged", (7, 0, 3), (7, 0, 20), **heads(4, 2, 16)),
+    ragged(
+        "there_everything", (5, 1), (9, 20), softcap=9.0, sinks=True, alibi="requests", mask="bool", **heads(4, 2, 16)
+    ),
+    dense("there_mask", 2, 9, 20, causal=False, mask="causal", **heads(4, 2, 16)),
+)
+
+
+@pytest.mark.parametrize("case", RAGGED, ids=lambda case: case.name)
+def test_ragged_calls_and_masks_are_not_looked_at_either(case: AttentionCase) -> None:
+    batch = attention_batch(case)
+    tensors = Guarded("cpu").tensors(batch)
+    ops.reset_choices()
+    with on_a_gpu():
+        got = ops.attention(**tensors)
+    assert ops.choices() == {("attention", "triton_attention"): 1}
+    exact = reference(case, batch)
+    assert_close(AttentionResult(as_numpy(got.out), as_numpy(got.lse)), exact, straightforward(case, batch, exact))
+
+
+def test_gradients_are_those_of_the_kernel_for_gpus() -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, 9, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    expected = torch.autograd.grad(
+        ops.attention(query, key, value, causal=True).out.square().sum(), (query, key, value)
+    )
+    ops.reset_choices()
+    with on_a_gpu():
+        out = ops.attention(query, key, value, causal=True).out
+        found = torch.autograd.grad(out.square().sum(), (query, key, value))
+    chosen = {("attention", "triton_attention"): 1, ("attention_backward", "triton_attention_backward"): 1}
+    assert ops.choices() == chosen
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(
