@@ -2,8 +2,9 @@
 
 An item is one request and a chunk of its row tiles, as many as programs share a worker's number: they read the same
 keys at the same time, so that memory is read once and the cache serves the others. Items lie on a line, each OVERHEAD
-units and then its keys in units of 128; worker p takes what lies between p/P and (p + 1)/P of the line. Lengths and
-starts are read on the device: nothing waits for the host, and one CUDA graph serves all lengths.
+units and then its keys in units of 128; worker p takes what lies between p/P and (p + 1)/P of the line, or, where that
+is not much longer for any, as many whole items as the others, or an equal part of one: less is cut, less is merged.
+Lengths and starts are read on the device: nothing waits for the host, and one CUDA graph serves all lengths.
 
     items [num, 2]: request, first row tile          bounds [workers + 1, 2]: item, unit before which a worker begins
 """
@@ -22,6 +23,8 @@ from headrace.kernels.triton.variants import Variant
 TILE, UNIT = 64, 128
 OVERHEAD = 1  # units that a segment costs besides its keys: queries in, output out
 SNAP = 1  # no segment at an end of a split item is shorter
+WHOLE = 4  # units that it may take longer if nothing is cut: what cutting, writing parts and merging them costs
+EVEN = 1  # and if all are cut alike: the beginning of a second segment
 
 
 @triton.jit
@@ -36,6 +39,22 @@ def _first_above(ends, count, value, STEPS: tl.constexpr):
         high = tl.where(searching & above, middle, high)
         low = tl.where(searching & (above == 0), middle + 1, low)
     return low
+
+
+@triton.jit
+def _even(p, line_ends, num_items, workers, OVERHEAD: tl.constexpr):
+    """Item and unit where worker p begins if all take as many items, or as many equal parts of one; where on the line
+    that is, with the overhead of a segment that begins there or without."""
+    items = tl.maximum(tl.cdiv(num_items, workers), 1)
+    parts = tl.maximum(workers // tl.maximum(num_items, 1), 1)
+    item = tl.minimum(p // parts * items, num_items)
+    inside = item < num_items
+    begin = tl.load(line_ends + item - 1, mask=item > 0, other=0)
+    count = tl.load(line_ends + item, mask=inside, other=0) - begin - OVERHEAD
+    unit = tl.where(inside, p % parts * tl.cdiv(tl.maximum(count, 0), parts), 0)
+    over = (unit > 0) & (unit >= count)
+    begin += tl.where(unit > 0, tl.minimum(unit, count) + tl.where(over, OVERHEAD, 0), 0)
+    return item + over, tl.where(over, 0, unit), begin, begin + tl.where((unit > 0) & (over == 0), OVERHEAD, 0)
 
 
 _INTEGERS = ("requests", "heads", "tokens", "most_keys", "most_items", "workers", "tiles_together")
@@ -58,6 +77,8 @@ def _plan_kernel(
     tiles_together,
     OVERHEAD: tl.constexpr,
     SNAP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    EVEN: tl.constexpr,
     TILE: tl.constexpr,
     UNIT: tl.constexpr,
     REQUESTS: tl.constexpr,
@@ -89,7 +110,12 @@ def _plan_kernel(
     tl.debug_barrier()
 
     p = tl.arange(0, WORKERS)
+    even_item, even_unit, even_begin, _ = _even(p, line_ends, num_items, workers, OVERHEAD)
+    _, _, _, even_end = _even(p + 1, line_ends, num_items, workers, OVERHEAD)
+    longest = tl.max(tl.where(p < workers, even_end - even_begin, 0), 0)
     length = tl.maximum(tl.cdiv(whole, workers), 1)
+    even = longest <= length + tl.where(2 * num_items > workers, WHOLE, EVEN)
+
     at = tl.minimum(p * length, whole)
     owner = _first_above(line_ends, num_items, at, STEPS)
     inside = owner < num_items
@@ -98,8 +124,10 @@ def _plan_kernel(
     unit = tl.maximum(at - begin - OVERHEAD, 0)
     unit = tl.where(inside & (unit > SNAP), unit, 0)
     ended = inside & (unit > 0) & (count - unit <= SNAP)
-    tl.store(bounds + 2 * p, tl.where(p == workers, num_items, owner + ended), mask=p <= workers)
-    tl.store(bounds + 2 * p + 1, tl.where(ended | (p == workers), 0, unit), mask=p <= workers)
+    owner = tl.where(even, even_item, owner + ended)
+    unit = tl.where(even, even_unit, tl.where(ended, 0, unit))
+    tl.store(bounds + 2 * p, tl.where(p == workers, num_items, owner), mask=p <= workers)
+    tl.store(bounds + 2 * p + 1, tl.where(p == workers, 0, unit), mask=p <= workers)
 
 
 def most_items(requests: int, tokens: int, heads: int, tiles_together: int) -> int:
@@ -141,7 +169,7 @@ def plan_work(
     return items.view(-1, 2), bounds.view(-1, 2), num
 
 
-_CONSTANTS = {"OVERHEAD": OVERHEAD, "SNAP": SNAP, "TILE": TILE, "UNIT": UNIT}
+_CONSTANTS = {"OVERHEAD": OVERHEAD, "SNAP": SNAP, "WHOLE": WHOLE, "EVEN": EVEN, "TILE": TILE, "UNIT": UNIT}
 _POINTERS = ("key_lens", "query_starts", "items", "bounds", "chunk_ends", "line_ends")
 
 

@@ -47,7 +47,25 @@ def test_every_unit_is_in_one_interval_and_none_is_much_longer(seed, device):
     ends = [before[item] + (unit + plan.OVERHEAD if unit else 0) for item, unit in bounds]
     shares = np.diff(ends)
     assert shares.sum() == before[-1]
-    assert shares.max() <= -(-before[-1] // workers) + 2 * (plan.SNAP + plan.OVERHEAD)
+    assert shares.max() <= -(-before[-1] // workers) + max(plan.WHOLE, 2 * (plan.SNAP + plan.OVERHEAD))
+
+
+@pytest.mark.parametrize(
+    "requests,workers,begins",
+    [
+        (128, 66, [[2 * p, 0] for p in range(64)] + [[128, 0]] * 3),
+        (16, 66, [[p // 4, p % 4 * 8] for p in range(64)] + [[16, 0]] * 3),
+        (128, 132, [[p, 0] for p in range(128)] + [[128, 0]] * 5),
+    ],
+)
+def test_a_uniform_batch_is_cut_evenly_or_not_at_all(requests, workers, begins, device):
+    _, bounds, *_ = planned([4096] * requests, [1] * requests, heads=16, workers=workers, together=1, device=device)
+    assert bounds == begins
+
+
+def test_one_long_request_among_short_ones_is_shared_out(device):
+    _, bounds, *_ = planned([131072] + [1024] * 31, [1] * 32, heads=16, workers=132, together=1, device=device)
+    assert sum(item == 0 for item, _ in bounds) > 90
 
 
 def test_lengths_and_starts_out_of_range_are_held_within_the_arrays(device):
