@@ -27,8 +27,8 @@ def moe_arrays(case: MoeCase, dtype: str, seed: int = 0) -> dict[str, Any]:
 def moe_exact(arrays: dict[str, Any], activation: str = "silu") -> np.ndarray:
     """The formula in float64."""
     routing = moe.Routing(arrays["experts"], arrays["weights"])
-    x, gate, up, down = (arrays[name] for name in ("x", "gate", "up", "down"))
-    exact = moe.reference(x, gate, up, down, routing, activation=activation)
+    gate, up, down = (moe.decoded(arrays[name], arrays.get(f"{name}_scales")) for name in ("gate", "up", "down"))
+    exact = moe.reference(arrays["x"], gate, up, down, routing, activation=activation)
     return exact + arrays["residual"].astype(np.float64) if "residual" in arrays else exact
 
 
@@ -36,17 +36,40 @@ def moe_straightforward(arrays: dict[str, Any], activation: str = "silu", out_dt
     """float32 products, in x's own type what lies between them and what each expert gives."""
     dtype = str(arrays["x"].dtype)
     y = np.zeros(arrays["x"].shape, np.float32)
+    matrices = [_in_type_of_x(arrays, name) for name in ("gate", "up", "down")]
     for token, place in itertools.product(*map(range, arrays["experts"].shape)):
         expert = arrays["experts"][token, place]
         if not 0 <= expert < len(arrays["gate"]):
             continue
         x = arrays["x"][token].astype(np.float32)
-        gate, up, down = (arrays[name][expert].astype(np.float32) for name in ("gate", "up", "down"))
+        gate, up, down = (matrix[expert] for matrix in matrices)
         hidden = rounded(moe.activated(gate @ x, activation) * (up @ x), dtype).astype(np.float32)
         y[token] += rounded(arrays["weights"][token, place] * (down @ hidden), dtype).astype(np.float32)
     if "residual" in arrays:
         y += arrays["residual"].astype(np.float32)
     return rounded(y, out_dtype or dtype)
+
+
+def _in_type_of_x(arrays: dict[str, Any], name: str) -> np.ndarray:
+    """Matrices as float32; what codes stand for is rounded to x's type before."""
+    if f"{name}_scales" not in arrays:
+        return np.asarray(arrays[name].astype(np.float32))
+    exact = moe.decoded(arrays[name], arrays[f"{name}_scales"], np.float32)
+    return rounded(exact, str(arrays["x"].dtype)).astype(np.float32)
+
+
+def coded_experts(arrays: dict[str, Any], dtype: str, block: tuple[int, int]) -> dict[str, Any]:
+    """The same experts as codes, with a scale for each block of so many rows and columns (0: all)."""
+    found, largest = dict(arrays), {"int8": 127, "float8_e4m3fn": 448}[dtype]
+    for name in ("gate", "up", "down"):
+        experts, rows, cols = arrays[name].shape
+        height, width = block[0] or rows, block[1] or cols
+        blocks = arrays[name].astype(np.float32).reshape(experts, rows // height, height, cols // width, width)
+        scales = np.abs(blocks).max(axis=(2, 4)) / np.float32(largest)
+        codes = blocks / scales[:, :, None, :, None]
+        codes = np.rint(codes) if dtype == "int8" else codes
+        found |= {name: rounded(codes.reshape(arrays[name].shape), dtype), f"{name}_scales": scales}
+    return found
 
 
 def routing_options(case: RouteCase) -> dict[str, Any]:

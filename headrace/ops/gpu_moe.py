@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from headrace.machine import KernelSpeed
-from headrace.ops.per_gpu import arithmetic_of, gpu_kernel
+from headrace.ops.gpu_rows import converts_float8
+from headrace.ops.per_gpu import GENERATION, arithmetic_of, gpu_kernel
 from headrace.ops.select import Kernel, Plan, Reason, Request
 
 # Five launches; of the arithmetic roof what Triton's products reach with gathered rows, not measured yet.
@@ -16,7 +17,7 @@ DIRECT_TOKENS = 4  # as kernels/triton/moe.py has it
 def kernels() -> tuple[Kernel, ...]:
     """mixture_of_experts."""
     return (
-        gpu_kernel("triton_moe", "headrace.kernels.triton.moe", _nothing, _plan, speed=SPEED),
+        gpu_kernel("triton_moe", "headrace.kernels.triton.moe", _why_not_float8, _plan, speed=SPEED),
         gpu_kernel("torch_moe", "headrace.kernels.torch.moe", _why_not_torch, _torch_plan, speed=TORCH_SPEED),
     )
 
@@ -30,9 +31,17 @@ def _nothing(request: Request) -> list[Reason]:
     return []
 
 
+def _why_not_float8(request: Request) -> list[Reason]:
+    if request.dtypes["gate"] != "float8_e4m3fn" or converts_float8(request.arch):
+        return []
+    return [Reason(GENERATION, request.arch, "one that converts float8", "int8 experts")]
+
+
 def _why_not_torch(request: Request) -> list[Reason]:
     found = []
-    if request.device != "cpu" and {request.dtypes[name] for name in ("x", "gate")} != {"bfloat16"}:
+    if "gate_scales" in request.shapes:
+        found.append(Reason("dtype of gate", request.dtypes["gate"], "floats", "dequantized experts"))
+    elif request.device != "cpu" and {request.dtypes[name] for name in ("x", "gate")} != {"bfloat16"}:
         hint = "other types would wait for the GPU"
         found.append(Reason("dtype", f"{request.dtypes['x']} and {request.dtypes['gate']}", "bfloat16", hint))
     if request.device != "cpu" and any(n % 8 for n in request.shapes["gate"][1:]):

@@ -45,6 +45,11 @@ def by_row(request: Request, gpu: object) -> Plan:
     return Plan(workers=getattr(gpu, "multiprocessors", 1), batch_invariant=True)
 
 
+def converts_float8(arch: str) -> bool:
+    """Whether that GPU, or the interpreter where there is none, has conversions to and from float8."""
+    return not arch.startswith(("sm_80", "sm_86", "sm_87", "gfx90"))
+
+
 def _nothing(request: Request) -> list[Reason]:
     return []
 
@@ -61,6 +66,6 @@ def _vocabulary(request: Request) -> list[Reason]:
 
 
 def _float8_codes(request: Request) -> list[Reason]:
-    if request.dtypes["codes"] != "float8_e4m3fn" or not request.arch.startswith(("sm_80", "sm_86", "sm_87", "gfx90")):
+    if request.dtypes["codes"] != "float8_e4m3fn" or converts_float8(request.arch):
         return []
     return [Reason(GENERATION, request.arch, "one that converts to float8", 'dtype="int8"')]

@@ -5,8 +5,9 @@
             lowest number, best first; with groups only experts of the top_groups groups whose two largest s + bias sum
             highest;  weights = s of the chosen, over their sum if normalize, times scale
 
-gate, up: [experts, ffn_dim, dim], down: [experts, dim, ffn_dim]: slices of one tensor do. Experts numbered outside
-0 .. experts - 1 add nothing: they live on another device. Shared experts, which every token sees, are a linear op's.
+gate, up: [experts, ffn_dim, dim], down: [experts, dim, ffn_dim]: slices of one tensor do. Experts may be int8 or float8
+codes with scales: gate_scales [experts, ffn_dim / r, dim / c] of blocks of r rows and c columns, and so on. Experts
+numbered outside 0 .. experts - 1 add nothing: they live on another device. Shared experts are a linear op's.
 
 Shazeer et al. 2017, "Outrageously large neural networks"; Jiang et al. 2024, "Mixtral of experts"; DeepSeek-AI 2024,
 "DeepSeek-V3", for sigmoid scores, biases that balance and groups.
@@ -29,6 +30,8 @@ from headrace.ops.per_numpy import numpy_kernel
 from headrace.ops.select import Kernel, Request, Traffic, choose, placed
 
 DTYPES = ("float32", "float16", "bfloat16")
+CODES = ("int8", "float8_e4m3fn")
+SCALE_COLS = 128  # columns that share a scale are a multiple of these, or all
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 SCORES = ("softmax", "sigmoid")
 PRECISIONS = ("auto", "exact", "fast")
@@ -92,6 +95,9 @@ def mixture_of_experts(
     routing: Routing,
     *,
     activation: str = "silu",
+    gate_scales: Any = None,
+    up_scales: Any = None,
+    down_scales: Any = None,
     residual: Any = None,
     out: Any = None,
     out_dtype: str | None = None,
@@ -103,14 +109,18 @@ def mixture_of_experts(
     """Each token's experts of x, weighted and added up, plus residual where given.
 
     x: [tokens, dim]; gate, up: [experts, ffn_dim, dim]; down: [experts, dim, ffn_dim], all of x's type, or of 16 bits
-    where x is float32; routing: from `route`, or any int32 and float32 arrays [tokens, top_k]. activation: "silu",
-    "gelu" (by the error function) or "gelu_tanh". residual: [tokens, dim]; out: [tokens, dim] in `out_dtype`, x's own
-    when not given, may be residual. precision: "exact" sums float32 in float32; "fast" may round it to tf32.
+    where x is float32, or all int8 or float8_e4m3fn with scales, float32: one per row, [experts, rows, 1], or of blocks
+    whose columns are multiples of 128; routing: from `route`, or any int32 and float32 arrays [tokens, top_k].
+    activation: "silu", "gelu" (by the error function) or "gelu_tanh". residual: [tokens, dim]; out: [tokens, dim] in
+    `out_dtype`, x's own when not given, may be residual. precision: "exact" sums float32 in float32; "fast" may round
+    it to tf32.
     deterministic: a token's bits depend on nothing else in the batch, where a kernel can do that. Raises
     ArgumentError for what does not fit, KernelError where no kernel, or not the one asked for, has what is required.
     """
     arrays = {"x": x, "gate": gate, "up": up, "down": down, "experts": routing.experts, "weights": routing.weights}
-    arrays |= {name: array for name, array in (("residual", residual), ("out", out)) if array is not None}
+    more = {"gate_scales": gate_scales, "up_scales": up_scales, "down_scales": down_scales}
+    more |= {"residual": residual, "out": out}
+    arrays |= {name: array for name, array in more.items() if array is not None}
     shapes = {name: shape_of(array, name) for name, array in arrays.items()}
     dtypes = {name: dtype_name(array) for name, array in arrays.items()}
     dtypes["out"] = dtypes.get("out") or out_dtype or dtypes["x"]
@@ -185,6 +195,15 @@ def activated(x: np.ndarray, activation: str) -> np.ndarray:
 _ERF = np.vectorize(math.erf, otypes=[np.float64])
 
 
+def decoded(codes: np.ndarray, scales: np.ndarray | None, dtype: Any = np.float64) -> np.ndarray:
+    """Matrices [experts, rows, cols] that codes and the scales of their blocks stand for."""
+    if scales is None:
+        return codes.astype(dtype)
+    rows, cols = (n // m for n, m in zip(codes.shape[1:], scales.shape[1:], strict=True))
+    found: np.ndarray = codes.astype(dtype) * np.repeat(np.repeat(scales, rows, axis=1), cols, axis=2).astype(dtype)
+    return found
+
+
 def routing_reference(
     logits: np.ndarray, options: RoutingOptions, bias: Any = None, dtype: Any = np.float64
 ) -> Routing:
@@ -250,6 +269,8 @@ def _check(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str], opt
         if name in shapes and tuple(shapes[name]) != tuple(shape):
             raise ArgumentError(f"{_told(name)}: expected {list(shape)}, got {list(shapes[name])}")
     _check_dtypes(dtypes)
+    for name in _WEIGHTS:
+        _check_scales(name, shapes[name], shapes.get(f"{name}_scales"), dtypes)
 
 
 def _check_dtypes(dtypes: Mapping[str, str]) -> None:
@@ -257,14 +278,33 @@ def _check_dtypes(dtypes: Mapping[str, str]) -> None:
         if dtypes.get(name, "float32") not in DTYPES:
             raise ArgumentError(f"{name}: expected a dtype among {', '.join(DTYPES)}, got {dtypes[name]}")
     for name in _WEIGHTS:
-        allowed = DTYPES if dtypes["x"] == "float32" else (dtypes["x"],)
+        allowed = (*(DTYPES if dtypes["x"] == "float32" else (dtypes["x"],)), *CODES)
         if dtypes[name] not in allowed or dtypes[name] != dtypes["gate"]:
-            hint = "dequantize quantized experts first; matrices of one expert can stay quantized in ops.linear"
+            hint = "dequantize experts in other types first; matrices of one expert can stay so in ops.linear"
             told = dtypes["gate"] if dtypes["gate"] in allowed else " or ".join(allowed)
             raise ArgumentError(f"{name}: expected {told}, as x and gate are, got {dtypes[name]}", hint)
     for name, expected in (("experts", "int32"), ("weights", "float32")):
         if dtypes[name] != expected:
             raise ArgumentError(f"{_told(name)}: expected {expected}, got {dtypes[name]}")
+
+
+def _check_scales(name: str, shape: tuple[int, ...], scales: tuple[int, ...] | None, dtypes: Mapping[str, str]) -> None:
+    coded = dtypes[name] in CODES
+    if coded != (scales is not None):
+        expected, got = ("some", "none") if coded else ("none", "some")
+        raise ArgumentError(f"{name}_scales: expected {expected} for {dtypes[name]} experts, got {got}")
+    if scales is None:
+        return
+    whole = (
+        len(scales) == 3
+        and scales[0] == shape[0]
+        and not any(n % max(m, 1) for n, m in zip(shape, scales, strict=True))
+    )
+    if not whole or 0 in scales or (scales[2] > 1 and shape[2] // scales[2] % SCALE_COLS):
+        text = f"[{shape[0]}, {shape[1]} / rows, {shape[2]} / columns of a block], multiples of {SCALE_COLS} or all"
+        raise ArgumentError(f"{name}_scales: expected {text}, got {list(scales)}")
+    if dtypes[f"{name}_scales"] != "float32":
+        raise ArgumentError(f"{name}_scales: expected float32, got {dtypes[f'{name}_scales']}")
 
 
 def _told(name: str) -> str:

@@ -7,6 +7,7 @@ from headrace import ops
 from headrace.check import cases
 from headrace.check.compare import assert_within_budget, poisoned, rounded
 from headrace.check.moe_arrays import (
+    coded_experts,
     moe_arrays,
     moe_exact,
     moe_straightforward,
@@ -25,7 +26,7 @@ NAMES = ("x", "gate", "up", "down")
 def mixed(arrays, **options):
     """The op on the arrays of a case."""
     routing = ops.Routing(arrays["experts"], arrays["weights"])
-    rest = {name: arrays[name] for name in ("residual", "out") if name in arrays}
+    rest = {name: array for name, array in arrays.items() if name not in (*NAMES, "experts", "weights")}
     return ops.mixture_of_experts(*(arrays[name] for name in NAMES), routing, **rest, **options)
 
 
@@ -75,6 +76,16 @@ def test_torch_is_within_budget(case, dtype):
     assert_within_budget(got, moe_exact(arrays), moe_straightforward(arrays), dtype)
 
 
+CODED = cases.MoeCase("coded", 7, 256, 128, 5, 2)
+
+
+@pytest.mark.parametrize("block", [(1, 0), (0, 0), (128, 128), (4, 128)])
+@pytest.mark.parametrize("codes", moe.CODES)
+def test_experts_in_codes_are_within_budget(codes, block):
+    arrays = coded_experts(moe_arrays(CODED, "float16"), codes, block)
+    assert_within_budget(mixed(arrays), moe_exact(arrays), moe_straightforward(arrays), "float16")
+
+
 # route
 
 
@@ -105,6 +116,7 @@ def test_a_bias_chooses_and_does_not_weigh():
 # Mistakes and choices
 
 SMALL = moe_arrays(cases.MOE[3], "float32")
+CODES = {name: SMALL[name].astype(np.int8) for name in ("gate", "up", "down")}
 
 
 @pytest.mark.parametrize(
@@ -114,12 +126,21 @@ SMALL = moe_arrays(cases.MOE[3], "float32")
         ({"gate": np.zeros((6, 48), np.float32)}, "gate: expected [experts, ffn_dim, dim]"),
         ({"up": np.zeros((6, 47, 70), np.float32)}, "up: expected [6, 48, 70]"),
         ({"down": np.zeros((6, 48, 70), np.float32)}, "down: expected [6, 70, 48]"),
-        ({"gate": np.zeros((6, 48, 70), np.int8)}, "gate: expected float32 or float16 or bfloat16"),
+        ({"gate": np.zeros((6, 48, 70), np.int16)}, "gate: expected float32 or float16 or bfloat16 or int8"),
         ({"x": np.zeros((5, 70), np.float16)}, "gate: expected float16"),
         ({"experts": np.zeros((4, 2), np.int32)}, "routing.experts: expected [5, 2]"),
         ({"experts": np.zeros((5, 2), np.int64)}, "routing.experts: expected int32"),
         ({"weights": np.zeros((5, 3), np.float32)}, "routing.weights: expected [5, 2]"),
         ({"out": np.zeros((5, 71), np.float32)}, "out: expected [5, 70]"),
+        ({"gate": np.zeros((6, 48, 70), np.int8), "up": np.zeros((6, 48, 70), np.int8)}, "down: expected int8, as"),
+        ({"gate_scales": np.zeros((6, 48, 1), np.float32)}, "gate_scales: expected none for float32 experts"),
+        (CODES, "gate_scales: expected some for int8 experts"),
+        (
+            CODES | {"gate_scales": np.zeros((6, 48, 2), np.float32)},
+            "gate_scales: expected [6, 48 / rows, 70 / columns",
+        ),
+        (CODES | {"gate_scales": np.zeros((6, 5, 1), np.float32)}, "gate_scales: expected [6, 48 / rows"),
+        (CODES | {"gate_scales": np.zeros((6, 48, 1))}, "gate_scales: expected float32"),
         ({"activation": "swish"}, "activation: expected one of silu"),
         ({"precision": "high"}, "precision: expected one of auto"),
     ],

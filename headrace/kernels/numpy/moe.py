@@ -26,12 +26,21 @@ def run(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     y = np.zeros(x.shape, np.float32)
     for expert in np.unique(experts[(experts >= 0) & (experts < len(views["gate"]))]):
         tokens, places = np.nonzero(experts == expert)
-        gate, up, down = (views[name][expert].astype(np.float32) for name in ("gate", "up", "down"))
+        gate, up, down = (_matrix(views, name, expert) for name in ("gate", "up", "down"))
         hidden = activated(x[tokens] @ gate.T, options["activation"]) * (x[tokens] @ up.T)
         np.add.at(y, tokens, (hidden @ down.T) * weights[tokens, places][:, None])
     if "residual" in views:
         y += views["residual"].astype(np.float32)
     views["out"][...] = y
+
+
+def _matrix(views: Mapping[str, np.ndarray], name: str, expert: int) -> np.ndarray:
+    """An expert's matrix in float32, its codes times the scales of their blocks."""
+    matrix, scales = views[name][expert].astype(np.float32), views.get(f"{name}_scales")
+    if scales is None:
+        return matrix
+    rows, cols = (n // m for n, m in zip(matrix.shape, scales.shape[1:], strict=True))
+    return np.asarray(matrix * np.repeat(np.repeat(scales[expert], rows, axis=0), cols, axis=1))
 
 
 def activated(x: np.ndarray, activation: str) -> np.ndarray:

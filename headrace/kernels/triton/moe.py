@@ -12,6 +12,7 @@ More tokens ("grouped"; five launches, none of which waits for the host):
   3. A program per tile and columns of dim: tl.dot with down, times the weight, written to the pair's own row.
   4. A token's rows are added in the order of its places: no atomics, the same bits in every run.
 Source: Shazeer et al. 2017; tiles of tokens sorted by expert: Gale et al. 2022, "MegaBlocks".
+Experts in int8 or float8 codes are multiplied by their blocks' scales, and rounded to x's type, as they come in.
 Error: sums in float32; what lies between the two products, and a pair's result, in x's own type: two roundings of it.
 float32: tf32x3 products (IEEE on AMD and in the direct form), with precision "fast" tf32.
 Speed: not measured yet (`headrace bench gpu`). Predicted: docs/kernels/moe.md.
@@ -33,6 +34,7 @@ from headrace.kernels.triton.variants import Variant
 
 DIRECT_TOKENS = 4  # up to which experts are rarely shared, and sorting would only cost
 COMBINED = 1024  # columns of a program that adds up
+CODED_ROWS = 64  # of tiles, at most, of experts in codes: turning these into numbers takes the registers of more
 
 
 class Tile(NamedTuple):
@@ -55,7 +57,7 @@ class Direct(NamedTuple):
 
 
 # By the width of an element.
-DIRECT: Mapping[int, Direct] = {2: Direct(16, 512, 8, 3), 4: Direct(16, 256, 8, 3)}
+DIRECT: Mapping[int, Direct] = {1: Direct(64, 128, 8, 3), 2: Direct(16, 512, 8, 3), 4: Direct(16, 256, 8, 3)}
 # By the width of an element and the rows asked for (16, 64 or 128 pairs of an expert), for gate·up, which has two
 # accumulators, and for down. "small": chips before Hopper, of which some have 99 KB of shared memory; AMD's have 64.
 GATED: dict[str, dict[tuple[int, int], Tile]] = {
@@ -102,12 +104,23 @@ def activated(x, ACTIVATION: tl.constexpr):
     return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
 
 
+@triton.jit
+def scaled(codes, scales, expert, columns, num_columns, start, length, block_rows, block_cols, ACROSS: tl.constexpr):
+    """Weights from codes of some columns, from `start` on; float32 where there are scales. ACROSS: columns are rows."""
+    if scales is not None:
+        blocks = (expert * (num_columns // block_rows) + columns // block_rows) * (length // block_cols)
+        scale = tl.load(scales + blocks + start // block_cols, mask=columns < num_columns, other=0.0)
+        codes = codes.to(tl.float32) * (scale[None, :] if ACROSS else scale[:, None])
+    return codes
+
+
 # Direct: one row a program
 
 
 @triton.jit
 def gate_up_row(
-    x, gate, up, experts, hidden, x_stride, gate_expert, gate_row, up_expert, up_row, num_experts, dim, ffn_dim,
+    x, gate, up, gate_scales, up_scales, experts, hidden, x_stride, gate_expert, gate_row, up_expert, up_row,
+    num_experts, dim, ffn_dim, block_rows, block_cols,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a pair's hidden row."""
@@ -126,16 +139,20 @@ def gate_up_row(
         depth = start + tl.arange(0, DEPTH)
         mask = inside & (depth < dim)[None, :]
         values = tl.load(x + depth, mask=depth < dim, other=0.0).to(tl.float32)[None, :]
-        gate_sum += values * tl.load(gate + depth[None, :], mask=mask, other=0.0).to(tl.float32)
-        up_sum += values * tl.load(up + depth[None, :], mask=mask, other=0.0).to(tl.float32)
+        block = (start, dim, block_rows, block_cols)
+        gate_part = tl.load(gate + depth[None, :], mask=mask, other=0.0)
+        up_part = tl.load(up + depth[None, :], mask=mask, other=0.0)
+        gate_sum += values * scaled(gate_part, gate_scales, expert, columns, ffn_dim, *block, False).to(tl.float32)
+        up_sum += values * scaled(up_part, up_scales, expert, columns, ffn_dim, *block, False).to(tl.float32)
     y = activated(tl.sum(gate_sum, axis=1), ACTIVATION) * tl.sum(up_sum, axis=1)
     tl.store(hidden + pair * ffn_dim + columns, y.to(hidden.dtype.element_ty), mask=columns < ffn_dim)
 
 
 @triton.jit
 def down_row(
-    hidden, down, experts, weights, residual, out, down_expert, down_row_stride, residual_stride, out_stride,
-    num_experts, dim, ffn_dim, TOP_K: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    hidden, down, down_scales, experts, weights, residual, out, down_expert, down_row_stride, residual_stride,
+    out_stride, num_experts, dim, ffn_dim, block_rows, block_cols,
+    TOP_K: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a token's output: its experts in the order of its places."""
     token = tl.program_id(0).to(tl.int64)
@@ -152,7 +169,9 @@ def down_row(
                 depth = start + tl.arange(0, DEPTH)
                 values = tl.load(hidden + pair * ffn_dim + depth, mask=depth < ffn_dim, other=0.0).to(tl.float32)
                 mask = inside & (depth < ffn_dim)[None, :]
-                sums += values[None, :] * tl.load(matrix + depth[None, :], mask=mask, other=0.0).to(tl.float32)
+                part = tl.load(matrix + depth[None, :], mask=mask, other=0.0)
+                block = (start, ffn_dim, block_rows, block_cols)
+                sums += values[None, :] * scaled(part, down_scales, expert, columns, dim, *block, False).to(tl.float32)
             total += tl.sum(sums, axis=1) * tl.load(weights + pair)
     if residual is not None:
         total += tl.load(residual + token * residual_stride + columns, mask=columns < dim, other=0.0).to(tl.float32)
@@ -170,7 +189,8 @@ def tile_of(tiles, number):
 
 @triton.jit
 def gate_up_tile(
-    x, gate, up, order, tiles, hidden, x_stride, gate_expert, gate_row, up_expert, up_row, dim, ffn_dim,
+    x, gate, up, gate_scales, up_scales, order, tiles, hidden, x_stride, gate_expert, gate_row, up_expert, up_row,
+    dim, ffn_dim, block_rows, block_cols,
     TOP_K: tl.constexpr, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -192,8 +212,13 @@ def gate_up_tile(
         depth = start + tl.arange(0, DEPTH)
         mask = inside & (depth < dim)[:, None]
         left = tl.load(rows + depth[None, :], mask=row_mask & (depth < dim)[None, :], other=0.0)
-        gate_sum = dot(left, tl.load(gate + depth[:, None], mask=mask, other=0.0).to(left.dtype), gate_sum, PRECISION)
-        up_sum = dot(left, tl.load(up + depth[:, None], mask=mask, other=0.0).to(left.dtype), up_sum, PRECISION)
+        block = (start, dim, block_rows, block_cols)
+        gate_part = tl.load(gate + depth[:, None], mask=mask, other=0.0)
+        up_part = tl.load(up + depth[:, None], mask=mask, other=0.0)
+        gate_part = scaled(gate_part, gate_scales, expert, columns, ffn_dim, *block, True).to(left.dtype)
+        up_part = scaled(up_part, up_scales, expert, columns, ffn_dim, *block, True).to(left.dtype)
+        gate_sum = dot(left, gate_part, gate_sum, PRECISION)
+        up_sum = dot(left, up_part, up_sum, PRECISION)
     y = activated(gate_sum, ACTIVATION) * up_sum
     places = hidden + numbers.to(tl.int64)[:, None] * ffn_dim + columns[None, :]
     tl.store(places, y.to(hidden.dtype.element_ty), mask=row_mask & inside)
@@ -201,7 +226,8 @@ def gate_up_tile(
 
 @triton.jit
 def down_tile(
-    hidden, down, order, tiles, weights, parts, down_expert, down_row_stride, dim, ffn_dim,
+    hidden, down, down_scales, order, tiles, weights, parts, down_expert, down_row_stride, dim, ffn_dim,
+    block_rows, block_cols,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of the pairs' weighted outputs, each in its own row of `parts`."""
@@ -219,7 +245,10 @@ def down_tile(
         depth = start + tl.arange(0, DEPTH)
         mask = (columns < dim)[None, :] & (depth < ffn_dim)[:, None]
         left = tl.load(rows + depth[None, :], mask=row_mask & (depth < ffn_dim)[None, :], other=0.0)
-        acc = dot(left, tl.load(matrix + depth[:, None], mask=mask, other=0.0).to(left.dtype), acc, PRECISION)
+        part = tl.load(matrix + depth[:, None], mask=mask, other=0.0)
+        block = (start, ffn_dim, block_rows, block_cols)
+        part = scaled(part, down_scales, expert, columns, dim, *block, True).to(left.dtype)
+        acc = dot(left, part, acc, PRECISION)
     y = acc * tl.load(weights + pairs, mask=numbers < end, other=0.0)[:, None]
     places = parts + pairs.to(tl.int64)[:, None] * dim + columns[None, :]
     tl.store(places, y.to(parts.dtype.element_ty), mask=row_mask & (columns < dim)[None, :])
@@ -258,7 +287,8 @@ def tile_rows(num_pairs: int, num_experts: int, deterministic: bool) -> int:
 def run(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """The mixture in arrays["out"]. arrays: x, gate, up, down, experts, weights, out, perhaps residual (ops/moe.py)."""
     arrays = {name: packed(array, name) for name, array in arrays.items()}
-    arrays |= {name: arrays[name].contiguous() for name in ("experts", "weights")}
+    whole = ("experts", "weights", "gate_scales", "up_scales", "down_scales")
+    arrays |= {name: arrays[name].contiguous() for name in whole if name in arrays}
     if not arrays["out"].numel():
         return
     with on_device_of(arrays["x"]):
@@ -276,12 +306,14 @@ def _run_direct(arrays: Mapping[str, torch.Tensor], options: Mapping[str, Any]) 
     shape = {"TOP_K": top_k, "COLUMNS": tile.columns, "DEPTH": tile.depth}
     launch = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     gate_up_row[(tokens * top_k, triton.cdiv(ffn_dim, tile.columns))](
-        x, gate, up, experts, hidden, x.stride(0), gate.stride(0), gate.stride(1), up.stride(0), up.stride(1),
-        num_experts, dim, ffn_dim, ACTIVATION=options["activation"], **shape, **launch,
+        x, gate, up, arrays.get("gate_scales"), arrays.get("up_scales"), experts, hidden,
+        x.stride(0), gate.stride(0), gate.stride(1), up.stride(0), up.stride(1),
+        num_experts, dim, ffn_dim, *_blocks(arrays, "gate"), ACTIVATION=options["activation"], **shape, **launch,
     )  # fmt: skip
     down_row[(tokens, triton.cdiv(dim, tile.columns))](
-        hidden, down, experts, arrays["weights"], residual, out, down.stride(0), down.stride(1),
-        0 if residual is None else residual.stride(0), out.stride(0), num_experts, dim, ffn_dim, **shape, **launch,
+        hidden, down, arrays.get("down_scales"), experts, arrays["weights"], residual, out, down.stride(0),
+        down.stride(1), 0 if residual is None else residual.stride(0), out.stride(0), num_experts, dim, ffn_dim,
+        *_blocks(arrays, "down"), **shape, **launch,
     )  # fmt: skip
 
 
@@ -290,6 +322,7 @@ def _run_grouped(arrays: Mapping[str, torch.Tensor], options: Mapping[str, Any])
     (tokens, dim), (num_experts, ffn_dim, _), top_k = x.shape, gate.shape, experts.shape[1]
     pairs, residual, out = tokens * top_k, arrays.get("residual"), arrays["out"]
     rows = tile_rows(pairs, num_experts, options["deterministic"])
+    rows = min(rows, CODED_ROWS) if "gate_scales" in arrays else rows
     chip = _chip_of(x)
     gated, down_one = GATED[chip][x.element_size(), rows], DOWN[chip][x.element_size(), rows]
     order, tiles = group_pairs(experts, num_experts, gated.rows)
@@ -297,17 +330,28 @@ def _run_grouped(arrays: Mapping[str, torch.Tensor], options: Mapping[str, Any])
     parts = torch.empty((pairs, dim), dtype=x.dtype, device=x.device)
     precision = _precision(x, options["precision"])
     gate_up_tile[(triton.cdiv(ffn_dim, gated.columns), len(tiles))](
-        x, gate, up, order, tiles, hidden, x.stride(0), gate.stride(0), gate.stride(1), up.stride(0), up.stride(1),
-        dim, ffn_dim, TOP_K=top_k, ACTIVATION=options["activation"], **_launch(gated), PRECISION=precision,
+        x, gate, up, arrays.get("gate_scales"), arrays.get("up_scales"), order, tiles, hidden,
+        x.stride(0), gate.stride(0), gate.stride(1), up.stride(0), up.stride(1),
+        dim, ffn_dim, *_blocks(arrays, "gate"), TOP_K=top_k, ACTIVATION=options["activation"],
+        **_launch(gated), PRECISION=precision,
     )  # fmt: skip
     down_tile[(triton.cdiv(dim, down_one.columns), len(tiles))](
-        hidden, down, order, tiles, arrays["weights"], parts, down.stride(0), down.stride(1), dim, ffn_dim,
+        hidden, down, arrays.get("down_scales"), order, tiles, arrays["weights"], parts, down.stride(0), down.stride(1),
+        dim, ffn_dim, *_blocks(arrays, "down"),
         **_launch(down_one), PRECISION=precision,
     )  # fmt: skip
     add_parts[(tokens, triton.cdiv(dim, COMBINED))](
         parts, experts, residual, out, 0 if residual is None else residual.stride(0), out.stride(0), num_experts, dim,
         TOP_K=top_k, COLUMNS=COMBINED, num_warps=4,
     )  # fmt: skip
+
+
+def _blocks(arrays: Mapping[str, torch.Tensor], name: str) -> tuple[int, int]:
+    """Rows and columns that share a scale; 1 and 1 without scales."""
+    if f"{name}_scales" not in arrays:
+        return 1, 1
+    rows, cols = (n // m for n, m in zip(arrays[name].shape[1:], arrays[f"{name}_scales"].shape[1:], strict=True))
+    return rows, cols
 
 
 def _launch(tile: Tile) -> dict[str, int]:
@@ -333,6 +377,9 @@ def variants() -> list[Variant]:
     """Both forms in bf16 and float32, of Qwen3's and Mixtral's shapes."""
     return [
         *_direct_variants("bf16", 2),
+        *_direct_variants("bf16", 1, "fp8e4nv"),
+        *(each for rows in (16, 64) for each in _grouped_variants("sm_90", "bf16", 2, rows, "fp8e4nv")),
+        *(v for chip in ("small", "amd") for rows in (16, 64) for v in _grouped_variants(chip, "bf16", 2, rows, "i8")),
         *(each for chip in GATED for rows in (16, 64, 128) for each in _grouped_variants(chip, "bf16", 2, rows)),
         *(each for chip in GATED for each in _grouped_variants(chip, "fp32", 4, 64)),
         _add_variant(),
@@ -355,44 +402,54 @@ _INTEGERS = (
 )
 
 
-def _types(kernel: Any, dtype: str, constants: Mapping[str, Any]) -> dict[str, str]:
-    known = dict.fromkeys(_INTEGERS, "i32") | dict.fromkeys(("experts", "order", "tiles"), "*i32")
-    known["weights"] = "*fp32"
+def _types(kernel: Any, dtype: str, codes: str, constants: Mapping[str, Any]) -> dict[str, str]:
+    known = dict.fromkeys((*_INTEGERS, "block_rows", "block_cols"), "i32")
+    known |= dict.fromkeys(("experts", "order", "tiles"), "*i32")
+    known |= dict.fromkeys(("weights", "gate_scales", "up_scales", "down_scales"), "*fp32")
+    known |= dict.fromkeys(("gate", "up", "down"), f"*{codes or dtype}")
     return {name: known.get(name, f"*{dtype}") for name in kernel.arg_names if name not in constants}
 
 
-def _variant(name: str, kernel: Any, dtype: str, constants: dict[str, Any], tile: Any, **more: Any) -> Variant:
-    aligned = tuple(name for name in _INTEGERS if name not in ("num_experts", *constants) and name in kernel.arg_names)
+def _variant(
+    name: str, kernel: Any, dtype: str, constants: dict[str, Any], tile: Any, codes: str = "", **more: Any
+) -> Variant:
+    plain = {"gate_scales": None, "up_scales": None, "down_scales": None, "block_rows": 1, "block_cols": 1}
+    constants = constants | {key: value for key, value in plain.items() if key in kernel.arg_names and not codes}
+    aligned = {*_INTEGERS, "block_rows", "block_cols"} - {"num_experts", *constants}
     return Variant(
-        f"{dtype} {name}", kernel, _types(kernel, dtype, constants), constants, tile.num_warps, tile.num_stages,
-        aligned=aligned, **more,
-    )  # fmt: skip
+        f"{dtype} {name}" + (f", experts in {codes}" if codes else ""),
+        kernel,
+        _types(kernel, dtype, codes, constants),
+        constants,
+        tile.num_warps,
+        tile.num_stages,
+        aligned=tuple(name for name in kernel.arg_names if name in aligned),
+        **more,
+    )
 
 
-def _direct_variants(dtype: str, width: int) -> list[Variant]:
+def _direct_variants(dtype: str, width: int, codes: str = "") -> list[Variant]:
     tile = DIRECT[width]
     shape = {"TOP_K": 8, "COLUMNS": tile.columns, "DEPTH": tile.depth}
-    gated = _variant("gate and up of a row", gate_up_row, dtype, shape | {"ACTIVATION": "silu"}, tile)
-    return [gated, _variant("down of a row", down_row, dtype, shape | {"residual": None}, tile)]
+    chips = ("sm_90", "sm_100") if codes == "fp8e4nv" else ("sm_80", "sm_90", "sm_100", "gfx942")
+    gated = shape | {"ACTIVATION": "silu"}
+    return [
+        _variant("gate and up of a row", gate_up_row, dtype, gated, tile, codes, chips=chips),
+        _variant("down of a row", down_row, dtype, shape | {"residual": None}, tile, codes, chips=chips),
+    ]
 
 
-def _grouped_variants(chip: str, dtype: str, width: int, rows: int) -> list[Variant]:
-    gated, down_one = GATED[chip][width, rows], DOWN[chip][width, rows]
+def _grouped_variants(chip: str, dtype: str, width: int, rows: int, codes: str = "") -> list[Variant]:
     promised = {"sm_90": ("wgmma.mma_async",)} if width == 2 and rows >= 64 else {}
     found = []
     for name, kernel, tile, own in (
-        ("gate and up", gate_up_tile, gated, {"TOP_K": 8, "ACTIVATION": "silu"}),
-        ("down", down_tile, down_one, {}),
+        ("gate and up", gate_up_tile, GATED[chip][width, rows], {"TOP_K": 8, "ACTIVATION": "silu"}),
+        ("down", down_tile, DOWN[chip][width, rows], {}),
     ):
-        shape = {
-            "ROWS": tile.rows,
-            "COLUMNS": tile.columns,
-            "DEPTH": tile.depth,
-            "PRECISION": "ieee" if chip == "amd" else "tf32x3",
-        } | own
-        found.append(
-            _variant(f"{name}, {tile.rows} rows", kernel, dtype, shape, tile, instructions=promised, chips=_CHIPS[chip])
-        )
+        shape: dict[str, Any] = {"ROWS": tile.rows, "COLUMNS": tile.columns, "DEPTH": tile.depth}
+        shape |= {"PRECISION": "ieee" if chip == "amd" else "tf32x3"} | own
+        more = {"instructions": promised, "chips": _CHIPS[chip]}
+        found.append(_variant(f"{name}, {tile.rows} rows", kernel, dtype, shape, tile, codes, **more))
     return found
 
 

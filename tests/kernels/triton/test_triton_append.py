@@ -69,7 +69,7 @@ def tiers(quick, stores=STORES):
 
 
 @pytest.mark.parametrize(
-    "case,store", tiers(lambda case, store: case.name == "odd_widths" and store[0] != "float16" or case.name == "one")
+    "case,store", tiers(lambda case, store: (case.name == "odd_widths" and store[0] != "float16") or case.name == "one")
 )
 def test_what_is_not_rotated_is_the_reference_bit_for_bit(case, store, device):
     dtype = {"float16": "bfloat16", "int8": "float16"}.get(store[0], "float32")

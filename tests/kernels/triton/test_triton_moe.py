@@ -8,6 +8,7 @@ from headrace.check import cases
 from headrace.check.compare import assert_within_budget, poisoned
 from headrace.check.guards import Guarded, as_numpy
 from headrace.check.moe_arrays import (
+    coded_experts,
     moe_arrays,
     moe_exact,
     moe_straightforward,
@@ -52,6 +53,15 @@ def test_activations_residual_and_wider_outputs(device, case, activation):
     got = mixed(arrays, device, activation=activation, out_dtype="float32")
     straightforward = moe_straightforward(arrays, activation, "float32")
     assert_within_budget(got, moe_exact(arrays, activation), straightforward, "float32")
+
+
+@pytest.mark.parametrize("block", [(1, 0), pytest.param((128, 128), marks=pytest.mark.slow), (4, 128)])
+@pytest.mark.parametrize("codes", moe.CODES)
+@pytest.mark.parametrize("tokens", [3, 7])
+def test_experts_in_codes_are_within_budget(device, tokens, codes, block):
+    case = cases.MoeCase("coded", tokens, 256, 128, 5, 2)
+    arrays = coded_experts(moe_arrays(case, "float16"), codes, block)
+    assert_within_budget(mixed(arrays, device), moe_exact(arrays), moe_straightforward(arrays), "float16")
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40])
