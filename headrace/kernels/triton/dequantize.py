@@ -41,8 +41,9 @@ def _dequantize(out, out_stride, codes, high, scales, minimums, groups, upper, t
     words = tl.load(codes + place, inside, 0, eviction_policy="evict_first").to(tl.uint32, bitcast=True)
     more = words
     if HIGH != 0:
-        more = tl.load(high + place, inside, 0, eviction_policy="evict_first").to(tl.uint32)
-    span = word // WORDS
+        more = tl.load(high + place, inside, 0, eviction_policy="evict_first")
+        more = more.to(tl.uint16 if HIGH * PARTS == 16 else tl.uint8, bitcast=True).to(tl.uint32)
+    span, nothing = word // WORDS, tl.minimum(row_chunks, 0).to(tl.uint32)
     own = out + row.to(tl.int64)[:, None] * out_stride
     for together in tl.static_range(PARTS // TOGETHER):
         if GROUP != 0:
@@ -55,7 +56,7 @@ def _dequantize(out, out_stride, codes, high, scales, minimums, groups, upper, t
             scale = tl.load(scales + rows)
         for part in tl.static_range(together * TOGETHER, together * TOGETHER + TOGETHER):
             column = (span * LENGTH + part * WORDS + word % WORDS)[None, :]
-            values = code_values(words, more, table, part, VALUES, LOW, HIGH, OFFSET) * scale
+            values = code_values(words, more, table, nothing, part, VALUES, LOW, HIGH, OFFSET) * scale
             if MINIMUMS != "none":
                 values += minimum
             written = (row < num_rows)[:, None] & inside & (column < num_cols)

@@ -272,7 +272,7 @@ def _plan(
     own = _name(weight.codes.dtype) if weight.layout.values == "float" else ""
     hip = bool(torch.version.hip)
     operand = operand_of(_name(x.dtype), own, weight.layout, precision, norm is not None, hip)
-    rows = [part.weight.shape[0] for part in parts]
+    rows = tuple(part.weight.shape[0] for part in parts)
     return plan_of(
         weight.layout, row_chunks(weight), rows, len(x), num_multiprocessors(x), operand,
         gated=gated, tiles_alone=tiles_alone, hip=hip,
@@ -414,7 +414,7 @@ def _variant(name: str, tokens: int, x_dtype: torch.dtype, precision: str, fused
     bias, residual, norm = (array if word in fused else None for word, array in given.items())
     own = "" if weight.layout.bits else _name(weight.codes.dtype)
     operand = operand_of(_name(x_dtype), own, weight.layout, precision, norm is not None, hip)
-    rows = [_VARIANT_COLS] * count
+    rows = (_VARIANT_COLS,) * count
     plan = plan_of(weight.layout, row_chunks(weight), rows, tokens, 132, operand, gated=gated, hip=hip)
     values = _arguments(x, [_Part(weight, bias, out)] * count, residual, norm, 1e-6, plan)
     values |= {"partial": out, "counters": torch.empty(1, dtype=torch.int32)}

@@ -9,7 +9,7 @@ and beyond, a row's sums are the same whatever the number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass, replace
 
 from headrace.kernels.device_weight import WeightLayout
@@ -36,10 +36,10 @@ class Tile:
 
 
 # Few rows of x: a warp reads 512 bytes of a row at once, and rows of a thread (rows / warps) share each x it loads.
-# Of codes, a part of x must be fewer numbers than a program has threads: more are shared out, which costs a barrier.
+# A part of x must be fewer numbers than a program has threads: more are shared out, and cost barriers or shuffles.
 # Many: the more rows of the weight, the less often x is read from the second cache. It is 0.25 times the bytes of a
 # 16-bit weight at 16 rows of x, 1 times those of a 4-bit one at 32.
-_FEW = {"float": Tile(rows=16, chunks=32, warps=4, stages=4), "codes": Tile(rows=32, chunks=32, warps=8, stages=4)}
+_FEW = {"float": Tile(rows=64, chunks=16, warps=8, stages=4), "codes": Tile(rows=32, chunks=32, warps=8, stages=4)}
 _MANY = {"float": Tile(rows=64, chunks=16, warps=4, stages=4), "codes": Tile(rows=128, chunks=8, warps=8, stages=4)}
 _HIP_STAGES = 2  # 64 KB of shared memory
 
@@ -105,10 +105,11 @@ def _operand(x_dtype: str, weight_dtype: str, layout: WeightLayout, precision: s
     return ("float16" if x_dtype == "float16" else "bfloat16"), "ieee"
 
 
+@functools.lru_cache(1024)
 def plan_of(
     layout: WeightLayout,
     row_chunks: int,
-    rows: Sequence[int],
+    rows: tuple[int, ...],
     tokens: int,
     multiprocessors: int,
     operand: tuple[str, str],

@@ -18,12 +18,13 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def code_values(words, high, table, PART: tl.constexpr, VALUES: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
-                OFFSET: tl.constexpr):  # fmt: skip
+def code_values(words, high, table, nothing, PART: tl.constexpr, VALUES: tl.constexpr, LOW: tl.constexpr,
+                HIGH: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
     """What part PART of these words stands for before scales, exact in float32.
 
     An integer becomes a float without a conversion: its bits go where the exponent makes them the lowest of a number
     above 2^k, and 2^k is subtracted, with the offset. Codes in the lower half of a word need no shift at all.
+    nothing: a zero the compiler does not know to be one: an operation on three operands takes but one constant.
     """
     SHIFT: tl.constexpr = PART * LOW
     MASK: tl.constexpr = (1 << LOW) - 1
@@ -33,17 +34,15 @@ def code_values(words, high, table, PART: tl.constexpr, VALUES: tl.constexpr, LO
         bits = words >> SHIFT
         # The exponent is that of e4m3 less 120, subnormal numbers included.
         return (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True) * 1.329227995784916e36
-    elif HIGH != 0:
-        UPPER: tl.constexpr = ((1 << HIGH) - 1) << LOW
-        LEFT: tl.constexpr = LOW - PART * HIGH
-        upper = high << LEFT if LEFT >= 0 else high >> (0 - LEFT)
-        codes = ((words >> SHIFT) & MASK) | (upper & UPPER) | 0x4B000000
-        return codes.to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)
     else:
         AT: tl.constexpr = SHIFT % 16
         if SHIFT >= 16:
-            words = words >> 16
-        codes = (words & (MASK << AT)) | ((150 - AT) << 23)
+            words = words >> (16 + nothing)
+        codes = (words & (MASK << AT)) | (((150 - AT) << 23) + nothing)
+        if HIGH != 0:
+            UPPER: tl.constexpr = ((1 << HIGH) - 1) << (AT + LOW)
+            LEFT: tl.constexpr = AT + LOW - PART * HIGH
+            codes |= (high << LEFT if LEFT >= 0 else high >> (0 - LEFT)) & UPPER
         return codes.to(tl.float32, bitcast=True) - ((1 << (23 - AT)) * 1.0 + OFFSET)
 
 
@@ -95,15 +94,34 @@ def group_scales(scales, minimums, groups, groups_high, rows, group, inside, row
 
 
 @triton.jit
-def input_values(x, norm, column, num_cols, NORM: tl.constexpr, MASKED: tl.constexpr):
-    """x, float32, times the norm's weight where there is one, and x itself; 0 beyond the columns. x: of the row."""
-    mask = column < num_cols if MASKED else None
+def input_values(x, norm, left, MORE: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr):
+    """x, float32, times the norm's weight where there is one, and x itself; 0 beyond the columns.
+
+    x and norm: of columns MORE before those meant, so that parts differ by a constant; left: columns from there on.
+    """
+    mask = left > MORE if MASKED else None
     other = 0 if MASKED else None
-    own = tl.load(x + column, mask, other).to(tl.float32)
+    own = tl.load(x + MORE, mask, other).to(tl.float32)
     if not NORM:
         return own, own
     else:
-        return own * tl.load(norm + column, mask, other), own
+        return own * tl.load(norm + MORE, mask, other), own
+
+
+@triton.jit
+def words_in_spans(word, WORDS: tl.constexpr, LENGTH: tl.constexpr):
+    """The span of a word, and the column of its first part. Unsigned: a signed division is five operations."""
+    number = word.to(tl.uint32)
+    return (number // WORDS).to(tl.int32), (number // WORDS * LENGTH + number % WORDS).to(tl.int32)
+
+
+@triton.jit
+def group_of(span, TOGETHER_NUMBER: tl.constexpr, LENGTH: tl.constexpr, GROUP: tl.constexpr):
+    """The group of the parts of that number in a span; a group may be several spans."""
+    if GROUP >= LENGTH:
+        return (span.to(tl.uint32) // (GROUP // LENGTH)).to(tl.int32)
+    else:
+        return span * (LENGTH // GROUP) + TOGETHER_NUMBER
 
 
 @triton.jit
@@ -137,12 +155,14 @@ def few_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums,
     contiguous the compiler gives a warp's threads the first, and neighbours shall read neighbouring chunks.
     """
     PARTS: tl.constexpr = 32 // LOW if LOW else 1
+    HIGH_TYPE: tl.constexpr = tl.uint16 if HIGH * PARTS == 16 else tl.uint8
     TOGETHER: tl.constexpr = PARTS if GROUP == 0 or GROUP >= WORDS * PARTS else GROUP // WORDS
     sums, squares = (), ()
     for _ in tl.static_range(BM):
         sums += (tl.zeros([CHUNKS, BN], tl.float32),)
         squares += (tl.zeros([CHUNKS, 1], tl.float32),)
     lanes = tl.arange(0, CHUNK)
+    nothing = tl.minimum(row_chunks, 0).to(tl.uint32)
     row_start = (rows * row_chunks * CHUNK)[None, :, None]
     for step in tl.range(first, last, num_stages=STAGES):
         chunk = step * CHUNKS + tl.arange(0, CHUNKS)
@@ -155,35 +175,35 @@ def few_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums,
         if LOW != 0:
             words = words.to(tl.uint32, bitcast=True)
         if HIGH != 0:
-            upper = tl.load(high + row_start + place, mask, other, eviction_policy="evict_first").to(tl.uint32)
+            upper = tl.load(high + row_start + place, mask, other, eviction_policy="evict_first")
+            upper = upper.to(HIGH_TYPE, bitcast=True).to(tl.uint32)
         start, span = chunk * CHUNK, chunk
         if LOW != 0:
-            span = chunk // (WORDS // CHUNK)
-            start = span * (WORDS * PARTS) + (chunk % (WORDS // CHUNK)) * CHUNK
+            span, start = words_in_spans(chunk * CHUNK, WORDS, WORDS * PARTS)
+        column = start[:, None, None] + lanes[None, None, :]
         for together in tl.static_range(PARTS // TOGETHER):
             if GROUP != 0:
-                group = (span * (WORDS * PARTS) + together * TOGETHER * WORDS) // GROUP
+                group = group_of(span, together, WORDS * PARTS, GROUP)
                 scale, minimum = group_scales(
                     scales, minimums, groups, groups_high, rows[None, :], group[:, None], inside[:, None], row_groups,
                     GROUP, SCALES, MINIMUMS, SCALE_ROWS, MASKED,
                 )  # fmt: skip
             made, more = (), ()
             for token in tl.static_range(BM):
-                added = tl.zeros([CHUNKS, BN], tl.float32)
+                products = tl.zeros([CHUNKS, BN, CHUNK], tl.float32)
                 inputs, square = tl.zeros([CHUNKS, 1], tl.float32), squares[token]
+                own_row = x + row_of(tokens, token) * x_stride + column
                 for part in tl.static_range(together * TOGETHER, together * TOGETHER + TOGETHER):
-                    column = (start + part * WORDS)[:, None, None] + lanes[None, None, :]
-                    own_row = x + row_of(tokens, token) * x_stride
-                    scaled, own = input_values(own_row, norm, column, num_cols, NORM, MASKED)
+                    scaled, own = input_values(own_row, norm + column, num_cols - column, part * WORDS, NORM, MASKED)
                     if LOW != 0:
-                        values = code_values(words, upper, table, part, VALUES, LOW, HIGH, OFFSET)
+                        products += scaled * code_values(words, upper, table, nothing, part, VALUES, LOW, HIGH, OFFSET)
                     else:
-                        values = words.to(tl.float32)
-                    added += tl.sum(values * scaled, 2)
+                        products = words.to(tl.float32) * scaled
                     if MINIMUMS != "none":
                         inputs += tl.sum(scaled, 2)
                     if NORM:
                         square += tl.sum(own * own, 2)
+                added = tl.sum(products, 2)
                 if GROUP != 0:
                     added *= scale
                 if MINIMUMS != "none":
@@ -214,6 +234,7 @@ def many_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums
               MASKED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The same over tensor cores: weights become OPERAND with their scales, a part at a time, and meet x in it."""
     PARTS: tl.constexpr = 32 // LOW if LOW else 1
+    HIGH_TYPE: tl.constexpr = tl.uint16 if HIGH * PARTS == 16 else tl.uint8
     TOGETHER: tl.constexpr = PARTS if GROUP == 0 or GROUP >= WORDS * PARTS else GROUP // WORDS
     SPANS: tl.constexpr = CHUNKS * CHUNK // WORDS if CHUNKS * CHUNK > WORDS and WORDS else 1
     own_rows = x + (row_of(tokens, tl.arange(0, BM)) * x_stride)[:, None]
@@ -229,15 +250,15 @@ def many_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums
         if LOW != 0:
             words = words.to(tl.uint32, bitcast=True)
         if HIGH != 0:
-            upper = tl.load(high + row_start + word[None, :], mask, other, eviction_policy="evict_first").to(tl.uint32)
-        start, span = word, word
+            upper = tl.load(high + row_start + word[None, :], mask, other, eviction_policy="evict_first")
+            upper = upper.to(HIGH_TYPE, bitcast=True).to(tl.uint32)
+        start = word
         if LOW != 0:
-            span = word // WORDS
-            start = span * (WORDS * PARTS) + word % WORDS
+            start = words_in_spans(word, WORDS, WORDS * PARTS)[1]
             spans = (step * (CHUNKS * CHUNK)) // WORDS + tl.arange(0, SPANS)
         for together in tl.static_range(PARTS // TOGETHER):
             if GROUP != 0:
-                group = (spans * (WORDS * PARTS) + together * TOGETHER * WORDS) // GROUP
+                group = group_of(spans, together, WORDS * PARTS, GROUP)
                 scale, minimum = group_scales(
                     scales, minimums, groups, groups_high, rows[:, None], group[None, :],
                     (spans * WORDS < row_chunks * CHUNK)[None, :], row_groups,
@@ -247,9 +268,11 @@ def many_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums
                 if MINIMUMS != "none":
                     minimum = over_words(minimum, BN, SPANS, CHUNKS * CHUNK)
             for part in tl.static_range(together * TOGETHER, together * TOGETHER + TOGETHER):
-                column = (start + part * WORDS)[None, :]
-                scaled, own = input_values(own_rows, norm, column, num_cols, NORM, MASKED)
-                values = code_values(words, upper, table, part, VALUES, LOW, HIGH, OFFSET) if LOW != 0 else words
+                column = start[None, :]
+                scaled, own = input_values(
+                    own_rows + column, norm + column, num_cols - column, part * WORDS, NORM, MASKED
+                )
+                values = code_values(words, upper, table, 0, part, VALUES, LOW, HIGH, OFFSET) if LOW != 0 else words
                 if GROUP != 0:
                     values = values * scale
                 if MINIMUMS != "none":

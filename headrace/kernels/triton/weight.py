@@ -171,8 +171,10 @@ def _of_codes(
         scales = scales.to(torch.float32).reshape(-1).expand(rows) if scales.numel() == 1 else scales.to(torch.float32)
     else:
         expected = [-(-rows // scale_rows), -(-cols // group_len)]
-    if list(scales.shape) != expected or group_len % 16:
-        raise ArgumentError(f"scale: expected {expected} of groups of multiples of 16, got {list(scales.shape)}")
+    if list(scales.shape) != expected:
+        raise ArgumentError(f"scale: expected {expected}, got {list(scales.shape)}")
+    if group_len and (group_len < 16 or group_len & (group_len - 1)):
+        raise ArgumentError(f"group_len: expected a power of two, 16 or more columns, got {group_len}")
     if zero is not None and list(zero.shape) != expected:
         raise ArgumentError(f"zero: expected {expected}, got {list(zero.shape)}")
     kind, bits, offset = values
