@@ -89,8 +89,9 @@ def paged_tile(heads: Heads, num_tokens: int, num_requests: int, *, invariant: b
     if rows >= 64 or 2 * tile_bytes > shared:
         shared, beside = WIDEST[chip]
     query_bytes = rows * sum(heads.key_blocks) * (4 if heads.wide else 2)
-    # A stage more than there are tiles in memory.
-    stages = min(max((shared - query_bytes - 8192) // tile_bytes + 1, 2), 4)
+    # A stage more than there are tiles in memory, beside the queries and what changes its layout through memory.
+    beside_them = query_bytes + (20480 if heads.wide else 8192)
+    stages = min(max((shared - beside_them) // tile_bytes + 1, 2), 4)
     if chip == "gfx942" and heads.key_bits < 16:
         # NOTE: its compiler (Triton 3.6) fails on pipelined loads of scales.
         stages = 1

@@ -5,7 +5,7 @@ reads them once, normalizes, rotates (a partner of each element is read again, o
 codes of them and writes. Programs of all three lie side by side in one grid. Source: ours; Su et al. 2021 (rotation).
 Error: norm and rotation in float32; a code is the nearest to the float32 quotient of number and scale, ties to even, so
 what is neither normalized nor rotated is the reference's bit for bit, scales too. Nothing is written for a slot outside
-the pages; NaN, where a caller's scale belongs to it and the type has no code, becomes 0. Bound: memory. Not measured yet.
+the pages; NaN becomes 0 where a caller's scale belongs to it and the type has no code. Bound: memory. Not measured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """merge_attention on a GPU: partial attentions over parts of the keys as the attention over all of them.
 
-Wins: always, where the arrays are. Schedule: a program has a few rows; it reads the logarithms of up to four parts, makes
-weights of them, reads each part once and writes the whole. More parts are merged four at a time, what has been merged
-being the first of the next four, in float32. Source: Dao 2023, "Flash-Decoding"; Ye et al. 2024, "Cascade Inference".
+Wins: always, where the arrays are. Schedule: a program has a few rows; it reads the logarithms of up to four parts,
+makes weights of them, reads each part once and writes the whole. More parts are merged four at a time, what has been
+merged being the first of the next four, in float32. Source: Dao 2023, "Flash-Decoding"; Ye et al. 2024, "Cascades".
 Error: weights and sums in float32. Bound: reading the parts. Not measured yet: `headrace bench gpu`.
 """
 
