@@ -16,6 +16,7 @@ _PORTABLE = "Triton's kernels take it"
 _ATTENTION_SPEED = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.82, read=0.85)
 _MLA_SPEED = KernelSpeed(2 * LAUNCH_SECONDS, arithmetic=0.76, read=0.9)
 _ATTENTION_ROWS = 128
+_MLA_MOST_ROWS = 1 << 20  # its work list is made by one program
 _MLA_TILE, _MLA_KEY_DIM, _MLA_VALUE_DIM, _MLA_BLOCK = 64, 576, 512, 64
 
 
@@ -62,6 +63,9 @@ def why_not_mla(request: Request) -> list[Reason]:
         return [Reason("latent and value_dim", got, f"{_MLA_KEY_DIM}, values {_MLA_VALUE_DIM}", _PORTABLE)]
     if key[1] % _MLA_BLOCK:
         return [Reason("page_size", str(key[1]), f"a multiple of {_MLA_BLOCK}", "larger pages, or Triton's kernel")]
+    if request.shapes["query"][0] * request.shapes["query"][1] > _MLA_MOST_ROWS:
+        got = f"{request.shapes['query'][0]} x {request.shapes['query'][1]}"
+        return [Reason("query tokens x heads", got, f"up to {_MLA_MOST_ROWS}", "prompts are for the expanded form")]
     if request.options["deterministic"]:
         return [Reason("deterministic", "True", "False", "its schedule depends on the batch; Triton's kernels take it")]
     return _why_not_types(request) or _why_not_options(request)

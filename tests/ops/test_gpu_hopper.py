@@ -53,6 +53,14 @@ def test_attention_in_float32_is_not_for_it():
     assert reasons(ATTENTION, dense("wide", 1, 5, 5), "float32") == ["dtype of query"]
 
 
+def test_mla_leaves_long_prompts_to_others():
+    case = paged("prompt", (3,), (5,), **heads(128, 1, 576, 512), page_size=64)
+    asked = request_of(case, op="mla_attention")
+    assert not MLA.why_not(asked)
+    longer = replace(asked, shapes={**asked.shapes, "query": (10000, 128, 576)})
+    assert [reason.predicate for reason in MLA.why_not(longer)] == ["query tokens x heads"]
+
+
 def test_mla_takes_whole_blocks_of_latents():
     for page_size in (64, 256):
         assert not reasons(MLA, paged("plain", (1, 2), (70, 9), **LATENT, page_size=page_size), op="mla_attention")

@@ -164,7 +164,7 @@ def plan_work(
             **sizes,
             WORKERS=triton.next_power_of_2(workers + 1),
             STEPS=max(sizes["ITEMS"], sizes["REQUESTS"]).bit_length(),
-            num_warps=4,
+            num_warps=4 if num <= 2048 else 16,
         )
     return items.view(-1, 2), bounds.view(-1, 2), num
 

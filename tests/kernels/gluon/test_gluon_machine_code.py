@@ -23,19 +23,67 @@ for name in ("mla_attention", "attention"):
     found[name] = [binary.asm["ptx"], *resources(binary), waits_added(binary), binary.metadata.shared]
 json.dump(found, sys.stdout)
 """
+# Whole calls, on a GPU that takes no launches: what they hand to the compiler, and how many binaries it makes.
+CALLS = """
+import json, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from headrace.kernels.gluon import attention, mla_attention, mla_merge, mla_plan
+
+class Driver:
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device):
+        return 0
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+class Compiles:
+    def __init__(self, kernel):
+        self.kernel, self.made = kernel, []
+    def __getitem__(self, grid):
+        return lambda *a, **k: self.made.append(self.kernel.run(*a, grid=grid, warmup=True, **k))
+
+triton.runtime.driver.set_active(Driver())
+kernels = {"_mla_kernel": mla_attention, "_plan_kernel": mla_plan, "_merge_kernel": mla_merge,
+           "_attention_kernel": attention}
+for name, module in kernels.items():
+    setattr(module, name, Compiles(getattr(module, name)))
+options = {"scale": 0.1, "window_right": 0, "window_left": -1, "top_left": False}
+integers = lambda *shape: torch.zeros(*shape, dtype=torch.int32)
+numbers = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)
+for tokens, requests, pages in ((5, 5, 80), (32, 16, 33)):
+    mla_attention.run({"query": numbers(tokens, 16, 576), "key": numbers(pages, 64, 1, 576),
+        "page_table": integers(requests, 3), "key_lens": integers(requests), "query_starts": integers(requests + 1),
+        "out": numbers(tokens, 16, 512), "lse": torch.zeros(tokens, 16)}, options)
+for batch, rows, keys, heads, kv_heads in ((1, 1, 7, 1, 1), (2, 300, 1024, 8, 2)):
+    attention.run({"query": numbers(batch, rows, heads, 64), "key": numbers(batch, keys, kv_heads, 64),
+        "value": numbers(batch, keys, kv_heads, 64), "out": numbers(batch, rows, heads, 64),
+        "lse": torch.zeros(batch, rows, heads)}, options)
+found = {}
+for name, module in kernels.items():
+    made = getattr(module, name).made
+    found[name] = [len(made), len({each.hash for each in made}), made[0].metadata.launch_pdl]
+json.dump(found, sys.stdout)
+"""
 # Of a whole kernel: what is peeled off the loop or stands in a masked one is there twice, and in both warpgroups.
 SCORES, PRODUCTS = 64 * 576 // (64 * 16), 64 // 16
 MLA_PRODUCTS = 2 * 2 * (SCORES + 2 * PRODUCTS)
 ATTENTION_PRODUCTS = 2 * (3 * 8 + 3 * 8)
 
 
-@pytest.fixture(scope="module")
-def kernels():
+def told_by(program):
+    """What a program prints, without Triton's interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return told_by(COMPILE)
 
 
 pytestmark = pytest.mark.slow
@@ -71,3 +119,14 @@ def test_a_warpgroup_meets_before_one_of_it_arrives(kernels, name):
     assert len(arrivals) >= 10
     for n in arrivals:
         assert any("bar" in line and "sync" in line for line in lines[max(n - 4, 0) : n]), lines[n - 6 : n + 1]
+
+
+def test_calls_compile_and_one_binary_serves_many_sizes():
+    """Calls, binaries, launched while the kernel before still runs."""
+    pytest.importorskip("torch")
+    assert told_by(CALLS) == {
+        "_plan_kernel": [2, 2, False],  # for 8 and for 16 requests
+        "_mla_kernel": [2, 1, True],
+        "_merge_kernel": [2, 1, True],
+        "_attention_kernel": [2, 1, False],
+    }
