@@ -17,7 +17,18 @@ import numpy as np
 
 from headrace.errors import ArgumentError
 from headrace.kernels import cpu
-from headrace.kernels.arrays import arch_of, as_torch, check_same_device, device_of, dtype_name, empty_like, shape_of
+from headrace.kernels.arrays import (
+    Buffer,
+    arch_of,
+    as_torch,
+    check_same_device,
+    device_of,
+    dtype_name,
+    empty_like,
+    is_torch,
+    shape_of,
+)
+from headrace.kernels.dense_pages import MOST_ROWS, page_len_of, rows_of
 from headrace.machine import KernelSpeed, Machine
 from headrace.ops.attention_checks import FLOATS, check_shape, check_type
 from headrace.ops.attention_options import AttentionOptions, AttentionResult, checked_options
@@ -77,7 +88,17 @@ class Call:
         dtypes = {name: dtype_name(array) for name, array in self.arrays.items()}
         dtypes["out"] = out_dtype or dtypes["query"]
         asked = attention_request(self.op, self.extent, self.options, shapes=shapes, dtypes=dtypes, place=self.place)
-        return replace(asked, options={**asked.options, "mask": self.mask_text}) if self.mask_text else asked
+        said = {"mask": self.mask_text, "page_len": self.page_len}
+        more = {name: found for name, found in said.items() if found}
+        return replace(asked, options={**asked.options, **more}) if more else asked
+
+    @property
+    def page_len(self) -> int:
+        """Keys of the pages that dense keys consist of, where few rows may read them so; 0: of none."""
+        query, key, value = (self.arrays[name] for name in ("query", "key", "value"))
+        dense = self.op == "attention" and len(query.shape) == 4 and not isinstance(key, Buffer)
+        few = dense and rows_of(query.shape, key.shape[-2]) <= MOST_ROWS
+        return page_len_of(key, value) if few and (self.place[0] != "cpu" or is_torch(key)) else 0
 
 
 def split_arguments(given: Mapping[str, Any], head_dim: int) -> tuple[dict[str, Any], AttentionOptions]:
@@ -119,7 +140,7 @@ def launch(
 def _details(call: Call) -> tuple[Any, ...]:
     """What else kernels of GPUs may ask for, and a key more or less does not change."""
     arrays, extent = call.arrays, call.extent
-    page_size = arrays["key"].shape[1] if "page_table" in arrays else 0
+    page_size = arrays["key"].shape[1] if "page_table" in arrays else call.page_len
     mask_shape = arrays["mask"].shape if "mask" in arrays else ()
     return page_size, mask_shape[:-1], extent.queries == extent.keys
 
@@ -298,12 +319,13 @@ def kernels_of(op: str) -> tuple[Kernel, ...]:
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """The kernels of dense, ragged and paged attention, those of GPUs first, imported when first run."""
-    from headrace.ops import gpu_attention, gpu_hopper, gpu_paged, gpu_torch
+    from headrace.ops import gpu_attention, gpu_hopper, gpu_paged, gpu_split_keys, gpu_torch
 
     return (
         *gpu_hopper.kernels(),
         *gpu_attention.kernels(),
         *gpu_paged.kernels(),
+        *gpu_split_keys.kernels(),
         *gpu_torch.kernels(),
         *kernels_over(late("headrace.kernels.cpu.attention")),
     )
