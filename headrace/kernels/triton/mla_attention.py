@@ -148,7 +148,8 @@ def attend(extent, member, first_unit, end_unit, place, arrays, strides, scalars
     end_tile = tl.minimum((unit + end_unit) * setup.unit_tiles, (end + setup.keys - 1) // setup.keys)
     table = page_table + request.to(tl.int64) * table_stride
     pages = pages_at(table, first_tile * setup.keys, max_pages, num_pages, setup)
-    for tile in range(first_tile, end_tile):
+    # NOTE: what does not change is computed anew for 64 rows, whose sums leave no registers to keep it in.
+    for tile in tl.range(first_tile, end_tile, disable_licm=setup.rows >= 64):
         first_key = tile * setup.keys
         keys = first_key + tl.arange(0, setup.keys)
         seen = keys < end

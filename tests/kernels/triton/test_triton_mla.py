@@ -146,3 +146,21 @@ def test_nothing_to_do(device):
     arrays, native, *_ = prepared(device, BY_NAME["one"], "float16", "float16")
     nobody = {name: arrays[name][:0] for name in ("query", "out", "lse")}
     run({**arrays, **nobody}, native)
+
+
+@pytest.mark.slow
+def test_listed_keys_are_gathered(device):
+    batch, _ = latent_batch(BY_NAME["small_verify"], "float16", "float16")
+    indices = np.array([[3, 80, 5, -1], [0, 88, 1, 2], [-1, -1, -1, -1], [19, 7, -1, 0]], np.int32)
+    exact, plain = (
+        op.mla_attention(**{**batch, **_as(batch, dtype)}, indices=indices) for dtype in ("float64", "float32")
+    )
+    guarded = Guarded(device)
+    found = op.mla_attention(**guarded.tensors(batch | {"indices": indices}), kernel="triton_mla")
+    guarded.assert_untouched()
+    assert_close(AttentionResult(as_numpy(found.out), as_numpy(found.lse)), exact, plain)
+    assert not as_numpy(found.out)[2].any()
+
+
+def _as(batch, dtype):
+    return {name: batch[name].astype(dtype) for name in ("query", "latent_pages")}
