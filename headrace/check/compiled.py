@@ -125,7 +125,7 @@ def _aligned(signature: Mapping[str, Any], aligned: Sequence[str]) -> Iterator[t
 def resources(binary: Any) -> tuple[int, int]:
     """Registers of a thread, and bytes it spills."""
     if "cubin" in binary.asm:
-        return _nvidia_resources(binary.asm["cubin"])
+        return nvidia_resources(binary.asm["cubin"])
     text = binary.asm["amdgcn"]
     numbers = {
         name: int(found) for name, found in re.findall(r"\.(vgpr_count|private_segment_fixed_size): +(\d+)", text)
@@ -133,7 +133,7 @@ def resources(binary: Any) -> tuple[int, int]:
     return numbers["vgpr_count"], numbers["private_segment_fixed_size"]
 
 
-def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+def nvidia_resources(cubin: bytes) -> tuple[int, int]:
     text = dumped(cubin, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if not found:
