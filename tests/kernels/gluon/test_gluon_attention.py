@@ -52,6 +52,7 @@ def test_simulated_it_is_within_budget(case, monkeypatch):
     assert_close(got, exact, straightforward(case, batch, exact, "fp16" if dtype == "float16" else "bf16"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 def test_any_order_of_events_gives_the_same_bits(seed, monkeypatch):
     case = dense("orders", 2, 200, 400, **heads(1, 1), key_lens=(390, 400))

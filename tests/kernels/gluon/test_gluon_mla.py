@@ -54,7 +54,11 @@ def simulated(case, latents, monkeypatch, *, programs=6, seed=0, eagerness=0.5):
     return AttentionResult(as_numpy(given["out"]), as_numpy(given["lse"])), kernel.steps
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+QUICK = ("one_key", "block_edges", "not_causal")
+SIMULATED = [pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow, id=case.name) for case in CASES]
+
+
+@pytest.mark.parametrize("case", SIMULATED)
 def test_simulated_it_is_within_budget(case, monkeypatch):
     dtype = "bfloat16" if case.name == "block_edges" else "float16"
     latents, as_paged = batches(case, dtype)
@@ -74,6 +78,7 @@ def test_any_order_of_events_gives_the_same_bits(seed, monkeypatch):
     assert np.array_equal(usual.out, other.out) and np.array_equal(usual.lse, other.lse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("barrier", range(mla.BARRIERS.value))
 def test_no_barrier_is_superfluous(barrier, monkeypatch):
     """Waited for by nobody, each lets something happen too early: found whatever the order was."""
