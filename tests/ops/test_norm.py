@@ -1,6 +1,7 @@
 """rms_norm: every kernel x every case x every type, inside the error budget."""
 
 import itertools
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -125,3 +126,12 @@ def test_rows_without_a_scale_have_codes_of_zero():
     assert found.scales[0] == 0 and np.isnan(found.scales[1:3]).all()
     with pytest.raises(ArgumentError, match="dtype: expected one of int8"):
         norm.rms_norm_quantized(x, np.ones(2, np.float32), dtype="int4")
+
+
+@pytest.mark.parametrize("arch,able", [("sm_80", False), ("sm_90", True), ("gfx90a", False), ("gfx942", True)])
+def test_float8_needs_a_gpu_that_converts_it(arch, able):
+    asked = replace(norm.quantized_request((4, 64), "bfloat16", "float8_e4m3fn"), device="cuda", arch=arch)
+    told = explain_request(norm.quantized_kernels(), asked)
+    assert (told.chosen is not None) == able
+    reasons = {rejected.kernel: str(rejected.reason) for rejected in told.rejected}
+    assert able or "needs one that converts to float8" in reasons["triton_norm_quantized"]
