@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.arrays import check_same_device, dtype_name, empty_like, shape_of
+from headrace.kernels.arrays import check_same_device, check_writable, dtype_name, empty_like, shape_of
 from headrace.ops import gpu_rows
 from headrace.ops.kv_formats import quantize
 from headrace.ops.late import late
@@ -37,39 +37,55 @@ class QuantizedRows:
 
 
 def rms_norm(
-    x: Any, weight: Any, *, eps: float = 1e-6, out: Any = None, out_dtype: str | None = None, kernel: str | None = None
+    x: Any,
+    weight: Any,
+    *,
+    eps: float = 1e-6,
+    residual: Any = None,
+    out: Any = None,
+    out_dtype: str | None = None,
+    kernel: str | None = None,
 ) -> Any:
     """Rows of x scaled to unit root mean square, times weight.
 
     x: [tokens, dim] float32, float16 or bfloat16; weight: [dim] float32; out: the like of x in `out_dtype` (x's own
-    when not given), written in place when given. Arithmetic is float32. Raises ArgumentError for shapes and dtypes
-    that do not fit, KernelError when the kernel asked for cannot run.
+    when not given), written in place when given. residual: [tokens, dim] of any of these types; x is added to it, in
+    place and in its type, and the sum is what is normalized. Arithmetic is float32. Raises ArgumentError for shapes and
+    dtypes that do not fit, KernelError when the kernel asked for cannot run.
     """
     shape = shape_of(x, "x")
     out_dtype = out_dtype or dtype_name(x if out is None else out)
     asked = placed(request(shape, dtype_name(x), out_dtype), x)
-    check_same_device({"x": x, "weight": weight} | ({} if out is None else {"out": out}))
+    given = {"x": x, "weight": weight, "residual": residual, "out": out}
+    check_same_device({name: array for name, array in given.items() if array is not None})
     _check(asked, shape_of(weight, "weight"), eps)
-    return choose(kernels(), asked, kernel).run(x, weight, float(eps), out, out_dtype)
+    more = _checked_residual(residual, shape)
+    return choose(kernels(), asked, kernel).run(x, weight, float(eps), out, out_dtype, **more)
 
 
 def rms_norm_quantized(
-    x: Any, weight: Any, *, eps: float = 1e-6, dtype: str = "int8", kernel: str | None = None
+    x: Any,
+    weight: Any,
+    *,
+    eps: float = 1e-6,
+    residual: Any = None,
+    dtype: str = "int8",
+    kernel: str | None = None,
 ) -> QuantizedRows:
     """rms_norm in int8 or float8_e4m3fn, each row over a scale of its own: what products with narrow types start from.
 
-    x, weight: as for rms_norm. A row of zeros has scale 0, one with a number that is not finite scale NaN; the codes
-    of both are 0. Raises ArgumentError and KernelError as rms_norm does.
+    x, weight, residual: as for rms_norm. A row of zeros has scale 0, one with a number that is not finite scale NaN; the
+    codes of both are 0. Raises ArgumentError and KernelError as rms_norm does.
     """
     shape = shape_of(x, "x")
     asked = placed(quantized_request(shape, dtype_name(x), dtype), x)
-    check_same_device({"x": x, "weight": weight})
+    check_same_device({"x": x, "weight": weight} | ({} if residual is None else {"residual": residual}))
     _check(request(shape, dtype_name(x)), shape_of(weight, "weight"), eps)
     if dtype not in CODES:
         raise ArgumentError(f"dtype: expected one of {', '.join(CODES)}, got {dtype!r}")
     chosen = choose(quantized_kernels(), asked, kernel)
     found = QuantizedRows(empty_like(x, shape, dtype), empty_like(x, shape[:1], "float32"))
-    chosen.run(x, weight, float(eps), found.codes, found.scales)
+    chosen.run(x, weight, float(eps), found.codes, found.scales, **_checked_residual(residual, shape))
     return found
 
 
@@ -108,6 +124,16 @@ def _check(asked: Request, weight_shape: tuple[int, ...], eps: float) -> None:
         if dtype not in DTYPES:
             raise ArgumentError(f"{name}: expected a dtype among {', '.join(DTYPES)}, got {dtype}")
     check_norm(shape, weight_shape, eps)
+
+
+def _checked_residual(residual: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    if residual is None:
+        return {}
+    if tuple(shape_of(residual, "residual")) != tuple(shape) or dtype_name(residual) not in DTYPES:
+        got = f"{dtype_name(residual)} {list(residual.shape)}"
+        raise ArgumentError(f"residual: expected {list(shape)} of {', '.join(DTYPES)}, got {got}")
+    check_writable(residual, "residual")
+    return {"residual": residual}
 
 
 def check_norm(shape: tuple[int, ...], weight_shape: tuple[int, ...], eps: float, name: str = "weight") -> None:

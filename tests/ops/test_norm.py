@@ -135,3 +135,19 @@ def test_float8_needs_a_gpu_that_converts_it(arch, able):
     assert (told.chosen is not None) == able
     reasons = {rejected.kernel: str(rejected.reason) for rejected in told.rejected}
     assert able or "needs one that converts to float8" in reasons["triton_norm_quantized"]
+
+
+@pytest.mark.parametrize("dtype", norm.DTYPES)
+def test_a_residual_takes_x_and_is_normalized(dtype):
+    random = np.random.default_rng(5)
+    x, residual = (rounded(random.standard_normal((6, 40)), each) for each in (dtype, "float16"))
+    weight, total = random.standard_normal(40).astype(np.float32), residual.astype(np.float32) + x.astype(np.float32)
+    got = norm.rms_norm(x, weight, eps=1e-5, residual=residual, out_dtype="float32")
+    assert np.array_equal(residual, rounded(total, "float16"))
+    exact = norm.reference(residual, weight, 1e-5)
+    assert_within_budget(got, exact, straightforward(residual, weight, 1e-5, "float32"), "float32")
+    residual = rounded(total - x.astype(np.float32), "float32")
+    found = norm.rms_norm_quantized(x, weight, eps=1e-5, residual=residual)
+    assert_codes_follow(found, residual, weight, "int8")
+    with pytest.raises(ArgumentError, match=r"residual: expected \[6, 40\] of float32"):
+        norm.rms_norm(x, weight, residual=residual[:5])

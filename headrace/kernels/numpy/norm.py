@@ -15,8 +15,16 @@ from headrace.kernels.numpy.views import numpy_view
 _LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 
 
-def run_quantized(x: Any, weight: Any, eps: float, codes: Any, scales: Any) -> None:
+def add_to(residual: Any, x: Any) -> Any:
+    """The residual, to which x has been added."""
+    total = numpy_view(residual, "residual")
+    total[...] = total.astype(np.float32) + numpy_view(x, "x").astype(np.float32)
+    return residual
+
+
+def run_quantized(x: Any, weight: Any, eps: float, codes: Any, scales: Any, residual: Any = None) -> None:
     """Codes of the normalized rows [tokens, dim] and their scales [tokens]."""
+    x = x if residual is None else add_to(residual, x)
     rows, out = numpy_view(x, "x").astype(np.float32), numpy_view(codes, "codes")
     mean = np.mean(rows * rows, axis=1, keepdims=True)
     y = rows * (1 / np.sqrt(mean + np.float32(eps))) * numpy_view(weight, "weight")

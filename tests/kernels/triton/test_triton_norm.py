@@ -67,3 +67,25 @@ def test_rows_without_a_scale_have_codes_of_zero(device):
     scales = as_numpy(found.scales)
     assert as_numpy(found.codes).tolist() == [[0, 0], [0, 0], [0, 0], [95, 127]]
     assert scales[0] == 0 and np.isnan(scales[1:3]).all()
+
+
+@pytest.mark.parametrize("dim", [40, 16500])
+def test_a_residual_takes_x_and_is_normalized(device, dim):
+    random = np.random.default_rng(5)
+    x, residual = (random.standard_normal((3, dim)).astype(each) for each in (np.float32, np.float16))
+    weight = random.standard_normal(dim).astype(np.float32)
+    guarded = Guarded(device)
+    tensors = guarded.tensor(x, "x"), guarded.tensor(weight, "weight")
+    for codes in (False, True):
+        beside = guarded.tensor(residual.copy(), "residual")
+        op, name = (norm.rms_norm_quantized, "_quantized") if codes else (norm.rms_norm, "")
+        got = op(*tensors, eps=EPS, residual=beside, kernel=f"triton_norm{name}")
+        total = (residual.astype(np.float32) + x).astype(np.float16)
+        assert np.array_equal(as_numpy(beside), total)
+        if codes:
+            found = norm.QuantizedRows(as_numpy(got.codes), as_numpy(got.scales))
+            assert_codes_follow(found, total, weight, "int8")
+        else:
+            exact = norm.reference(total, weight, EPS)
+            assert_within_budget(as_numpy(got), exact, straightforward(total, weight, "float32"), "float32")
+    guarded.assert_untouched()
