@@ -109,13 +109,16 @@ def _mla_plan(request: Request, gpu: Gpu) -> Plan:
     usual = gpu_plan(request, gpu)
     requests = max(request.shapes["page_table"][0], 1)
     tokens, heads = request.shapes["query"][:2]
-    together = min(max(-(-(-(-tokens // requests) * heads) // _MLA_TILE), 1), 4)
+    rows = max(-(-tokens // requests) * heads, 1)  # of a request
+    row_tiles = -(-rows // _MLA_TILE)
+    together = min(row_tiles, 4)
     workers = max(gpu.multiprocessors // together, 1)
     room = 2 * workers * together * _MLA_TILE * (_MLA_VALUE_DIM + 1) * 4
     return Plan(
         splits=max(-(-workers // requests), 1),
         workers=workers * together,
         workspace_bytes=room,
+        padding=row_tiles * _MLA_TILE / rows,
         arithmetic=usual.arithmetic,
         notes=(f"{together} row tiles read the same keys together",),
     )

@@ -100,3 +100,6 @@ def test_the_plan_of_mla_tells_its_workspace_and_who_reads_together():
     plan = MLA.planned(asked, gpu_of("sm_90"))
     assert plan.workers == 132 and plan.notes == ("2 row tiles read the same keys together",)
     assert plan.workspace_bytes == 2 * 132 * 64 * 513 * 4 and plan.splits == 17
+    assert plan.padding == 1
+    few = request_of(paged("few", (1,), (70,), **LATENT, page_size=64), op="mla_attention")
+    assert MLA.planned(few, gpu_of("sm_90")).padding == 4
