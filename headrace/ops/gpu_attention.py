@@ -20,7 +20,7 @@ MODULE = "headrace.kernels.triton.attention"
 FORWARD = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.58, read=0.6)
 BACKWARD = KernelSpeed(4 * LAUNCH_SECONDS, arithmetic=0.38, read=0.5)
 _FEW_ROWS, _ROWS = 16, 128  # of a tile: few of them hold all heads that read the same keys
-_MOST_TOKENS = 2**30  # positions are counted in 32 bits
+_MOST_TOKENS = 2**29  # positions are counted in 32 bits
 
 
 @functools.cache

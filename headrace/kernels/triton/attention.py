@@ -35,6 +35,8 @@ from headrace.kernels.triton.attention_scores import (
     request_of,
     rounded_to,
     seen_by,
+    size,
+    sizes_of,
     store_parts,
     two_parts,
     whole_tiles,
@@ -44,7 +46,7 @@ from headrace.kernels.triton.launch import dot, on_device_of
 from headrace.kernels.triton.variants import Variant
 
 
-@triton.jit(do_not_specialize=["sizes", "window"])
+@triton.jit
 def attention_kernel(
     query,
     key,
@@ -78,6 +80,7 @@ def attention_kernel(
     softcap,
     form: tl.constexpr,
 ):
+    sizes, window = sizes_of(sizes), (size(window[0]), size(window[1]))
     rows: tl.constexpr = form.rows
     packed: tl.constexpr = form.packed
     query_part: tl.constexpr = form.query_part
@@ -92,8 +95,7 @@ def attention_kernel(
     request = number // (sizes[4] * sizes[3])
     if query_starts is not None:
         request, tile = request_of(query_starts, sizes[0], tile, packed, rows)
-    extent = extent_of(request, query_starts, key_starts, key_lens, sizes[1], sizes[2])
-    row_begin, query_len, key_begin, key_len = extent
+    row_begin, query_len, key_begin, key_len = extent_of(request, query_starts, key_starts, key_lens, sizes)
     if tile * rows >= query_len * packed:
         return
 
@@ -101,7 +103,7 @@ def attention_kernel(
     index = tile * rows + tl.arange(0, rows)
     token = index // packed
     head = (block * packed + index % packed).to(tl.int64)
-    kv_head = (block // (sizes[5] // packed)).to(tl.int64)  # sizes: see attention_call.py
+    kv_head = (block // (sizes[5] // packed)).to(tl.int64)
     live, batch, place = token < query_len, request.to(tl.int64), (row_begin + token).to(tl.int64)
     first, last = tile * rows // packed, tl.minimum((tile * rows + rows - 1) // packed, query_len - 1)
     shift = 0 if form.top_left else key_len - query_len
@@ -139,8 +141,7 @@ def attention_kernel(
         value_scales += _scales_at(value_scale_strides, batch, key_begin, kv_head)
 
     factor = LOG2_E if form.natural else scale * LOG2_E
-    top = tl.full([rows], HIDDEN, tl.float32)
-    total = tl.full([rows], 0.0, tl.float32)
+    top, total = tl.full([rows], HIDDEN, tl.float32), tl.full([rows], 0.0, tl.float32)
     sum_0 = tl.full([rows, value_part.width_0], 0.0, tl.float32)
     sum_1 = tl.full([rows, value_part.width_1 if value_part.two else 16], 0.0, tl.float32)
     for phase in tl.static_range(3):
@@ -194,7 +195,8 @@ def attention_kernel(
     far = (batch * out_strides[0] + place * out_strides[1] + head * out_strides[2])[:, None]
     store_parts(out, far, sum_0 / divisor, sum_1 / divisor, live, out_part)
     logarithm = tl.where(total == 0, HIDDEN, top * LN_2 + tl.log(tl.where(total == 0, 1.0, total)))
-    tl.store(lse + batch * lse_strides[0] + place * lse_strides[1] + head * lse_strides[2], logarithm, mask=live)
+    far = batch * size(lse_strides[0]) + place * size(lse_strides[1]) + head * size(lse_strides[2])
+    tl.store(lse + far, logarithm, mask=live)
 
 
 @triton.jit

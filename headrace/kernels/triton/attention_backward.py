@@ -34,6 +34,8 @@ from headrace.kernels.triton.attention_scores import (
     rounded_to,
     rows_of_keys,
     seen_by,
+    size,
+    sizes_of,
     store_parts,
     two_parts,
     whole_tiles,
@@ -43,7 +45,7 @@ from headrace.kernels.triton.launch import dot, on_device_of
 from headrace.kernels.triton.variants import Variant
 
 
-@triton.jit(do_not_specialize=["sizes"])
+@triton.jit
 def rows_kernel(
     d_out,
     out,
@@ -62,7 +64,7 @@ def rows_kernel(
 ):
     """Of each row the logarithm to the base 2 of its weights' sum, and delta. Where nothing is seen: inf and 0."""
     out_part: tl.constexpr = form.out_part
-    num_tokens, heads, tiles = sizes[0], sizes[1], sizes[2]
+    num_tokens, heads, tiles = size(sizes[0]), size(sizes[1]), size(sizes[2])
     number = tl.program_id(0)
     head = (number % heads).to(tl.int64)
     tile = number // heads % tiles
@@ -76,9 +78,8 @@ def rows_kernel(
     shared = tl.sum(d_0 * o_0, 1)
     if out_part.two:
         shared += tl.sum(d_1 * o_1, 1)
-    logarithm = tl.load(
-        lse + batch * lse_strides[0] + place * lse_strides[1] + head * lse_strides[2], mask=live, other=HIDDEN
-    )
+    far = batch * size(lse_strides[0]) + place * size(lse_strides[1]) + head * size(lse_strides[2])
+    logarithm = tl.load(lse + far, mask=live, other=HIDDEN)
     sees = logarithm != HIDDEN
     logarithm = tl.where(sees, logarithm, 0.0)
     total = logarithm
@@ -89,8 +90,8 @@ def rows_kernel(
         lost = tl.where(sees, tl.exp2((sink - total) * LOG2_E) * shared, 0.0)
         tl.store(d_sink_parts + (head * (tl.num_programs(0) // heads) + number // heads), -tl.sum(lost, 0))
     if d_lse is not None:
-        places = d_lse + batch * d_lse_strides[0] + place * d_lse_strides[1] + head * d_lse_strides[2]
-        shared -= tl.load(places, mask=live, other=0.0) * tl.exp2((total - logarithm) * LOG2_E)
+        far = batch * size(d_lse_strides[0]) + place * size(d_lse_strides[1]) + head * size(d_lse_strides[2])
+        shared -= tl.load(d_lse + far, mask=live, other=0.0) * tl.exp2((total - logarithm) * LOG2_E)
     to = (batch * heads + head) * num_tokens + place
     tl.store(totals + to, tl.where(sees, total * LOG2_E, float("inf")), mask=live)
     tl.store(deltas + to, tl.where(sees, shared, 0.0), mask=live)
@@ -247,7 +248,7 @@ def _rows_walked(
     return dk_0, dk_1, dv_0, dv_1
 
 
-@triton.jit(do_not_specialize=["sizes", "window"])
+@triton.jit
 def keys_kernel(
     query,
     key,
@@ -281,6 +282,7 @@ def keys_kernel(
     form: tl.constexpr,
 ):
     """Gradients of a tile of keys and values of one KV head, from all rows of the heads that read it."""
+    sizes, window = sizes_of(sizes), (size(window[0]), size(window[1]))
     key_part: tl.constexpr = form.key_part
     out_part: tl.constexpr = form.out_part
     num_queries, num_keys, group = sizes[1], sizes[2], sizes[5]
@@ -305,9 +307,7 @@ def keys_kernel(
     dv_0 = tl.full([form.keys, out_part.width_0], 0.0, tl.float32)
     dv_1 = tl.full([form.keys, out_part.width_1 if out_part.two else 16], 0.0, tl.float32)
     for request in tl.range(first_request, last_request + 1, disable_licm=True):
-        row_begin, query_len, key_begin, key_len = extent_of(
-            request, query_starts, key_starts, key_lens, num_queries, num_keys
-        )
+        row_begin, query_len, key_begin, key_len = extent_of(request, query_starts, key_starts, key_lens, sizes)
         first = base - key_begin
         shift = 0 if form.top_left else key_len - query_len
         seen_first, seen_end = tl.maximum(first, 0), tl.minimum(first + form.keys, key_len)
@@ -365,7 +365,7 @@ def keys_kernel(
     store_parts(d_value, place * d_value_strides[1], dv_0, dv_1, live, out_part)
 
 
-@triton.jit(do_not_specialize=["sizes", "window"])
+@triton.jit
 def queries_kernel(
     query,
     key,
@@ -397,6 +397,7 @@ def queries_kernel(
     form: tl.constexpr,
 ):
     """Gradients of a tile of query rows of one head, from all keys they see. Its walk is that of the forward."""
+    sizes, window = sizes_of(sizes), (size(window[0]), size(window[1]))
     rows: tl.constexpr = form.rows
     key_part: tl.constexpr = form.key_part
     out_part: tl.constexpr = form.out_part
@@ -408,9 +409,7 @@ def queries_kernel(
     request = number // (sizes[4] * sizes[3])
     if query_starts is not None:
         request, tile = request_of(query_starts, sizes[0], tile, 1, rows)
-    row_begin, query_len, key_begin, key_len = extent_of(
-        request, query_starts, key_starts, key_lens, sizes[1], sizes[2]
-    )
+    row_begin, query_len, key_begin, key_len = extent_of(request, query_starts, key_starts, key_lens, sizes)
     first = tile * rows
     if first >= query_len:
         return

@@ -12,13 +12,14 @@ import triton
 from headrace.kernels.gpu_products import product_types
 from headrace.kernels.triton.attention_call import (
     KernelCall,
+    disguised,
     dot_precision,
     dtype_of,
     is_wide,
     masked_form,
+    said_of,
     shared_arguments,
     strides_of,
-    with_options,
 )
 from headrace.kernels.triton.attention_form import TYPES, Form, part_of
 from headrace.kernels.triton.attention_tiles import KEY_GRADIENTS, QUERY_GRADIENTS, Tile, chip_of, tile_of
@@ -61,9 +62,10 @@ def _row_arguments(
 ) -> dict[str, Any]:
     names = ("d_out", "out", "lse", "d_lse")
     found: dict[str, Any] = {name: arrays.get(name) for name in (*names, "sinks")}
-    found |= {f"{name}_strides": strides_of(arrays.get(name), dense) for name in names}
+    found |= {f"{name}_strides": strides_of(arrays.get(name), dense) for name in names[:2]}
+    found |= {f"{name}_strides": disguised(*strides_of(arrays.get(name), dense)) for name in names[2:]}
     tokens, heads = arrays["query"].shape[-3:-1]
-    sizes = (tokens, heads, triton.cdiv(tokens, form.rows))
+    sizes = disguised(tokens, heads, triton.cdiv(tokens, form.rows))
     return found | {"totals": totals[0], "deltas": totals[1], "d_sink_parts": parts, "sizes": sizes, "form": form}
 
 
@@ -72,8 +74,8 @@ def _form(arrays: Mapping[str, Any], options: Mapping[str, Any], chip: str, tabl
     scores, values = product_types(dtype_of(query), dtype_of(key), options.get("precision", "auto"))
     part, value_part = part_of(query.shape[-1]), part_of(value.shape[-1])
     bits = 32 if "float32" in (scores, values) else 16
-    extra = "mask" in arrays or "alibi_slopes" in arrays or options["softcap"] > 0
-    tile = tile_of(table, chip, bits, max(part.width, value_part.width), extra=extra)
+    said = said_of(arrays, options)
+    tile = tile_of(table, chip, bits, max(part.width, value_part.width), extra=said.extra)
     tensors = (query, key, value, arrays["d_out"])
     form = Form(
         query_part=part,
@@ -87,8 +89,9 @@ def _form(arrays: Mapping[str, Any], options: Mapping[str, Any], chip: str, tabl
         loaded_value=TYPES[values],
         precision=dot_precision(chip),
         wide=is_wide(tensors, max(tile.rows, tile.keys)),
+        **said.fields(),
     )
-    return with_options(form, arrays, options), tile
+    return form, tile
 
 
 def _with_masks(
@@ -115,7 +118,7 @@ def _walk(name: str, arrays: Mapping[str, Any], shared: dict[str, Any], tile: Ti
         blocks, results = heads, ["d_query"]
         tiles = triton.cdiv(tokens, tile.rows) if dense else tokens // tile.rows + requests
         programs = tiles * blocks * (requests if dense else 1) if tokens else 0
-    sizes = (requests, tokens, keys, blocks, tiles, heads // kv_heads, *shared["mask_size"])
+    sizes = disguised(requests, tokens, keys, blocks, tiles, heads // kv_heads, *shared["mask_size"])
     arguments = {k: v for k, v in shared.items() if k != "mask_size"} | {"sizes": sizes}
     for result in results:
         arguments |= {result: arrays[result], f"{result}_strides": strides_of(arrays[result], dense)}

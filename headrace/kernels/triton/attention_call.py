@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +15,7 @@ from headrace.kernels.triton.attention_form import TYPES, Form, part_of
 from headrace.kernels.triton.attention_mask import WORD, packed_mask
 from headrace.kernels.triton.attention_tiles import CONVERTS_FLOAT8, FEW_ROWS, FORWARD, Tile, chip_of, tile_of
 
-FARTHEST = 2**30  # a window beyond it is none
+FARTHEST = 2**29  # a window beyond it is none
 NOWHERE = (0, 0, 0, 0)
 
 
@@ -29,7 +30,17 @@ class KernelCall:
 
 
 def dtype_of(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return _name_of(tensor.dtype)
+
+
+@functools.cache
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def disguised(*numbers: int) -> tuple[int, ...]:
+    """Numbers that Triton compiles no kernels of their own for, as it does for 1 and for multiples of 16: odd ones."""
+    return tuple(2 * number + 3 for number in numbers)
 
 
 def strides_of(tensor: torch.Tensor | None, dense: bool) -> tuple[int, ...]:
@@ -50,7 +61,6 @@ def forward_call(arrays: Mapping[str, Any], options: Mapping[str, Any], chip: st
     dense, heads, kv_heads = query.dim() == 4, query.shape[-2], key.shape[-2]
     few = _few_rows(arrays, options, heads // kv_heads)
     form, tile = forward_form(arrays, options, chip or chip_of(query), few)
-    form = with_options(form, arrays, options)
     requests = query.shape[0] if dense else arrays["query_starts"].shape[0] - 1
     tokens = query.shape[1] if dense else query.shape[0]
     num_tiles = triton.cdiv(tokens * form.packed, tile.rows)
@@ -64,12 +74,12 @@ def forward_call(arrays: Mapping[str, Any], options: Mapping[str, Any], chip: st
         "out": arrays["out"],
         "lse": arrays["lse"],
         "out_strides": strides_of(arrays["out"], dense),
-        "lse_strides": strides_of(arrays["lse"], dense),
+        "lse_strides": disguised(*strides_of(arrays["lse"], dense)),
         "key_scales": arrays.get("key_scales"),
         "value_scales": arrays.get("value_scales"),
         "key_scale_strides": strides_of(arrays.get("key_scales"), dense),
         "value_scale_strides": strides_of(arrays.get("value_scales"), dense),
-        "sizes": (*sizes, columns, words),
+        "sizes": disguised(*sizes, columns, words),
         "form": form,
     }
     arguments["key"], arguments["value"] = (as_stored(arrays[name], form.key_part.format) for name in ("key", "value"))
@@ -89,37 +99,52 @@ def _few_rows(arrays: Mapping[str, Any], options: Mapping[str, Any], group: int)
 
 
 def forward_form(arrays: Mapping[str, Any], options: Mapping[str, Any], chip: str, few: bool) -> tuple[Form, Tile]:
-    """Types, parts and tile."""
-    query, key, value = (arrays[name] for name in ("query", "key", "value"))
-    precision = options.get("precision", "auto")
-    scores, values = product_types(dtype_of(query), dtype_of(key), precision)
-    format = format_of(key, chip)
-    layout = "bytes" if format == "int4" else "plain"
-    met = "turns" if format == "int4" else "plain"
-    value_part = part_of(value.shape[-1], format, layout)
-    out_part = part_of(arrays["out"].shape[-1], "", met)
-    query_part, key_part = part_of(query.shape[-1], "", met), part_of(key.shape[-1], format, layout)
-    width = max(query_part.width, out_part.width)
+    """What is compiled, and its tile."""
+    query, key, value, mask = (arrays.get(name) for name in ("query", "key", "value", "mask"))
+    assert query is not None and key is not None and value is not None
+    form, tile = _forward_form(
+        (dtype_of(query), dtype_of(key), options.get("precision", "auto")),
+        (query.shape[-1], key.shape[-1], value.shape[-1], arrays["out"].shape[-1]),
+        said_of(arrays, options),
+        few,
+        query.shape[-2] // key.shape[-2] if few and (mask is None or mask.shape[-3] == 1) else 1,
+        "value_scales" in arrays,
+        chip,
+    )
+    return (replace(form, wide=True) if is_wide((key, value), tile.keys) else form), tile
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_form(
+    types: tuple[str, str, str],
+    dims: tuple[int, int, int, int],
+    said: Said,
+    few: bool,
+    packed: int,
+    scaled: bool,
+    chip: str,
+) -> tuple[Form, Tile]:
+    """The same of what it follows from: types of query and key and the precision, sizes of heads as they are stored."""
+    scores, values = product_types(*types)
+    format = format_of(types[1], chip)
+    layout, met = ("bytes", "turns") if format == "int4" else ("plain", "plain")
+    query_part, out_part = part_of(dims[0], "", met), part_of(dims[3], "", met)
     bits = 32 if "float32" in (scores, values) else 16
-    extra = "mask" in arrays or "alibi_slopes" in arrays or options["softcap"] > 0 or dtype_of(key) not in FLOATS
-    tile = tile_of(FORWARD, chip, bits, width, few=few, extra=extra)
-    group = query.shape[-2] // key.shape[-2]
-    mask = arrays.get("mask")
-    packed = group if few and (mask is None or mask.shape[-3] == 1) else 1
-    loaded = "float32" if "value_scales" in arrays else values
+    extra = said.extra or types[1] not in FLOATS
+    tile = tile_of(FORWARD, chip, bits, max(query_part.width, out_part.width), few=few, extra=extra)
     form = Form(
         query_part=query_part,
-        key_part=key_part,
-        value_part=value_part,
+        key_part=part_of(dims[1], format, layout),
+        value_part=part_of(dims[2], format, layout),
         out_part=out_part,
         rows=tile.rows,
         keys=tile.keys,
         score_type=TYPES[scores],
         value_type=TYPES[values],
-        loaded_value=TYPES[loaded],
+        loaded_value=TYPES["float32" if scaled else values],
         precision=dot_precision(chip),
         packed=packed,
-        wide=is_wide((key, value), max(tile.rows, tile.keys)),
+        **said.fields(),
     )
     return form, tile
 
@@ -137,9 +162,8 @@ def is_wide(tensors: tuple[torch.Tensor, ...], rows: int) -> bool:
     return any(tensor.stride(-3) * rows >= 2**31 for tensor in tensors)
 
 
-def format_of(key: torch.Tensor, chip: str) -> str:
-    """How numbers are stored: "" for floats, else the name of a code."""
-    name = dtype_of(key)
+def format_of(name: str, chip: str) -> str:
+    """How numbers of a type are stored: "" for floats, else the name of a code."""
     if name == "float8_e4m3fn":
         return "" if chip in CONVERTS_FLOAT8 else "float8_bits"
     return "" if name in FLOATS else {"int8": "int8", "uint8": "int4"}[name]
@@ -149,18 +173,30 @@ def as_stored(tensor: torch.Tensor, format: str) -> torch.Tensor:
     return tensor.view(torch.uint8) if format == "float8_bits" else tensor
 
 
-def with_options(form: Form, arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Form:
-    """The form with what the options ask for."""
-    mask = arrays.get("mask")
-    floats = mask is not None and mask.dtype != torch.bool
-    capped = options["softcap"] > 0
-    return replace(
-        form,
-        top_left=bool(options["top_left"]),
-        has_left=0 <= options["window_left"] < FARTHEST,
-        has_right=0 <= options["window_right"] < FARTHEST,
-        capped=capped,
-        natural=capped or floats or arrays.get("alibi_slopes") is not None,
+class Said(NamedTuple):
+    """What options say that is compiled. extra: something takes registers beside scores and sums."""
+
+    top_left: bool
+    has_left: bool
+    has_right: bool
+    capped: bool
+    natural: bool
+    extra: bool
+
+    def fields(self) -> dict[str, Any]:
+        """Those of a form."""
+        return {name: value for name, value in self._asdict().items() if name != "extra"}
+
+
+def said_of(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Said:
+    mask, sloped, capped = arrays.get("mask"), arrays.get("alibi_slopes") is not None, options["softcap"] > 0
+    return Said(
+        bool(options["top_left"]),
+        0 <= options["window_left"] < FARTHEST,
+        0 <= options["window_right"] < FARTHEST,
+        capped,
+        capped or sloped or (mask is not None and mask.dtype != torch.bool),
+        capped or sloped or mask is not None,
     )
 
 
@@ -173,7 +209,7 @@ def shared_arguments(arrays: Mapping[str, Any], options: Mapping[str, Any], dens
     found |= {f"{name}_strides": strides_of(arrays[name], dense) for name in ("query", "key", "value")}
     found["alibi_slopes"] = packed_vector(slopes)
     found["alibi_stride"] = 0 if slopes is None or slopes.shape[0] == 1 else found["alibi_slopes"].stride(0)
-    found["window"] = tuple(min(max(options[f"window_{side}"], 0), FARTHEST) for side in ("left", "right"))
+    found["window"] = disguised(*(min(max(options[f"window_{side}"], 0), FARTHEST) for side in ("left", "right")))
     return found | {"scale": float(options["scale"]), "softcap": float(options["softcap"])}
 
 

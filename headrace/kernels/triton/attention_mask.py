@@ -22,7 +22,9 @@ NOBODY, EVERYBODY = 1, 2  # bits of a tile's word: something is hidden, somethin
 WORD = 32
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_heads", "num_rows", "num_columns", "num_words", "row_tiles", "column_tiles", "batch_stride"]
+)
 def pack_mask_kernel(
     mask,
     words,

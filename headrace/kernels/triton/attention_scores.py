@@ -34,6 +34,27 @@ def rounded_to(x, type: tl.constexpr):
 
 
 @triton.jit
+def size(number):
+    """What `disguised` made a number of."""
+    return (number - 3) >> 1
+
+
+@triton.jit
+def sizes_of(numbers):
+    """Requests, queries, keys, heads or KV heads, tiles, heads of a group; columns of a mask and words of its rows."""
+    return (
+        size(numbers[0]),
+        size(numbers[1]),
+        size(numbers[2]),
+        size(numbers[3]),
+        size(numbers[4]),
+        size(numbers[5]),
+        size(numbers[6]),
+        size(numbers[7]),
+    )
+
+
+@triton.jit
 def held(number, least, most):
     """The number within least .. most."""
     return tl.minimum(tl.maximum(number, least), most)
@@ -57,8 +78,9 @@ def request_of(query_starts, num_requests, tile, packed: tl.constexpr, rows: tl.
 
 
 @triton.jit
-def extent_of(request, query_starts, key_starts, key_lens, num_queries, num_keys):
+def extent_of(request, query_starts, key_starts, key_lens, sizes):
     """Where a request's queries begin and how many they are, and the same of its keys: never outside the arrays."""
+    num_queries, num_keys = sizes[1], sizes[2]
     row_begin = 0
     query_len = num_queries
     key_begin = 0

@@ -235,3 +235,26 @@ def test_one_product_of_tf32_is_not(scores_by, values_by):
     assert_split_holds(whole_products, whole_products)
     with pytest.raises(AssertionError, match="allowed"):
         assert_split_holds(scores_by, values_by)
+
+
+# Launches
+
+
+def test_sizes_of_a_call_compile_no_kernel_of_their_own():
+    from headrace.kernels.triton.attention_call import disguised
+
+    numbers = disguised(*range(5000))
+    assert min(numbers) > 1 and not any(number % 16 == 0 for number in numbers)
+    assert [(number - 3) >> 1 for number in numbers] == list(range(5000))
+
+
+def test_a_tile_follows_from_the_options_where_bits_must_not_depend_on_the_batch():
+    from headrace.kernels.triton.attention_call import forward_call
+    from headrace.kernels.triton.attention_variants import OPTIONS, dense_arrays
+
+    def tiles(**options):
+        calls = [forward_call(dense_arrays(128, tokens=n), OPTIONS | options, "sm_90") for n in (1, 4, 5, 4096)]
+        return [(call.arguments["form"].rows, call.arguments["form"].keys, call.num_warps) for call in calls]
+
+    assert len(set(tiles(batch_invariant=True))) == 1
+    assert tiles()[0] == tiles()[1] != tiles()[2] == tiles()[3]
