@@ -74,8 +74,8 @@ def rms_norm_quantized(
 ) -> QuantizedRows:
     """rms_norm in int8 or float8_e4m3fn, each row over a scale of its own: what products with narrow types start from.
 
-    x, weight, residual: as for rms_norm. A row of zeros has scale 0, one with a number that is not finite scale NaN; the
-    codes of both are 0. Raises ArgumentError and KernelError as rms_norm does.
+    x, weight, residual: as for rms_norm. A row of zeros has scale 0, one with a number that is not finite scale NaN;
+    the codes of both are 0. Raises ArgumentError and KernelError as rms_norm does.
     """
     shape = shape_of(x, "x")
     asked = placed(quantized_request(shape, dtype_name(x), dtype), x)
