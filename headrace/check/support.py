@@ -154,8 +154,13 @@ FEATURES: dict[str, tuple[Asked, tuple[str, ...]]] = {
 
 
 def kernel_names() -> list[str]:
-    """The columns: every kernel of attention that is ours."""
-    return [kernel.name for kernel in kernels_of("attention") if not kernel.name.startswith("torch_")]
+    """The columns: every kernel of attention for the CPU, and what those for GPUs are written in, together."""
+    found = dict.fromkeys(map(_column_of, kernels_of("attention")))
+    return [name for name in found if name != "torch"]
+
+
+def _column_of(kernel: Kernel) -> str:
+    return kernel.name if "cpu" in kernel.devices else kernel.name.partition("_")[0]
 
 
 @dataclass(frozen=True)
@@ -179,12 +184,17 @@ def _said(name: str, asked: Asked, own: str, require: Sequence[str]) -> Cell:
     except ArgumentError as error:  # the op itself does not take it
         return Cell("no", error.message)
     for request in requests:
-        kernels: dict[str, Kernel] = {kernel.name: kernel for kernel in kernels_of(request.op)}
-        if name not in kernels:
+        kernels = [kernel for kernel in kernels_of(request.op) if _column_of(kernel) == name]
+        against = [_reasons(kernel, request, require) for kernel in kernels]
+        if not kernels:
             return Cell(ELSEWHERE)
-        if reasons := _reasons(kernels[name], request, require):
-            return Cell("no", str(reasons[0]), reasons[0].predicate == "dtype of query")
+        if all(against):
+            reason = min((reasons[0] for reasons in against), key=lambda each: each.predicate in _OF_ANOTHER)
+            return Cell("no", str(reason), reason.predicate == "dtype of query")
     return Cell(YES)
+
+
+_OF_ANOTHER = ("op", "layout", "query rows")  # predicates of a kernel that is for other calls
 
 
 def _reasons(kernel: Kernel, request: Request, require: Sequence[str]) -> list[Reason]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from headrace.kernels.arrays import is_torch
 
-PAGE_LENS = (128, 64, 32, 16)
+PAGE_LENS = (128, 64, 16, 8)
 MOST_ROWS = 64  # query rows that read the same keys: of more, tiles of rows are enough to do
 
 
