@@ -6,7 +6,7 @@ import pytest
 from headrace.check.attention_batch import attention_batch, reference, straightforward
 from headrace.check.attention_cases import dense, heads
 from headrace.check.attention_expected import assert_close, assert_kernel_holds
-from headrace.check.compare import poisoned
+from headrace.check.compare import ROUNDING, poisoned
 from headrace.check.gluon_memory import OutOfOrder
 from headrace.check.gluon_simulator import Deadlock, Simulated, Simulation
 from headrace.check.guards import Guarded, as_numpy
@@ -118,4 +118,4 @@ def test_on_the_gpu_a_long_prompt_agrees_with_sdpa(dim):
     turned = (each.transpose(1, 2) for each in (query, key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(*turned, is_causal=True).transpose(1, 2)
     # Both round weights and results to bfloat16, at other places.
-    assert (got.float() - expected.float()).abs().max() <= 2 * 2**-8 * expected.abs().max()
+    assert (got.float() - expected.float()).abs().max() <= 2 * 2 * ROUNDING["bfloat16"] * expected.abs().max()

@@ -14,13 +14,16 @@ import pytest
 pytest.importorskip("triton")
 
 COMPILE = """
-import importlib, json, sys
-from headrace.check.compiled import compiled, resources, waits_added
+import importlib, json, re, sys
+from headrace.check.compiled import compiled, dumped, resources, waits_added
+letters = {"HGMMA": "P", "WARPGROUP.DEPBAR": "W", "MUFU.EX2": "E"}
 found = {}
 for name in ("mla_attention", "attention"):
     variant = importlib.import_module(f"headrace.kernels.gluon.{name}").variants()[-1]
     binary = compiled(variant, "sm_90")
+    order = re.findall("HGMMA|WARPGROUP.DEPBAR|MUFU.EX2", dumped(binary.asm["cubin"], "-sass"))
     found[name] = [binary.asm["ptx"], *resources(binary), waits_added(binary), binary.metadata.shared]
+    found[name].append("".join(letters[each] for each in order))
 json.dump(found, sys.stdout)
 """
 # Whole calls, on a GPU that takes no launches: what they hand to the compiler, and how many binaries it makes.
@@ -92,7 +95,7 @@ BOTH = pytest.mark.parametrize("name", ["mla_attention", "attention"])
 
 @BOTH
 def test_nothing_is_spilled_and_products_run_on(kernels, name):
-    _, registers, spilled, added, shared = kernels[name]
+    _, registers, spilled, added, shared, _ = kernels[name]
     assert (registers, spilled, added) == (168, 0, 0)
     assert shared <= 232448
 
@@ -119,6 +122,12 @@ def test_a_warpgroup_meets_before_one_of_it_arrives(kernels, name):
     assert len(arrivals) >= 10
     for n in arrivals:
         assert any("bar" in line and "sync" in line for line in lines[max(n - 4, 0) : n]), lines[n - 6 : n + 1]
+
+
+def test_the_softmax_stands_between_the_waits_for_scores_and_output(kernels):
+    """ptxas puts the second wait in front of it, and products beside nothing, unless something holds it back."""
+    order = kernels["attention"][-1]
+    assert len(re.findall("PWE{64,}W", order)) == 4, "masked tiles and others, in both warpgroups"
 
 
 def test_calls_compile_and_one_binary_serves_many_sizes():
