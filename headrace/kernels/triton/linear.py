@@ -99,7 +99,11 @@ def _store(out, out_stride, tile, upper, square, eps, num_cols, scales, up_scale
     tl.store(out + place, tile.to(out.dtype.element_ty), inside)
 
 
-@triton.jit
+# Numbers of which no kernel of its own is compiled where they are 1 or multiples of 16.
+_NUMBERS = ("num_tokens", "row_chunks", "row_groups", "splits", "steps", "rows0", "rows1", "rows2")
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def _linear(x, x_stride, norm, eps, residual, residual_stride, table, partial, counters, num_tokens, num_cols,
             row_chunks, row_groups, splits, steps,
             codes0, high0, scales0, minimums0, groups0, upper0, bias0, out0, out_stride0, rows0,
@@ -275,7 +279,7 @@ def _plan(
     rows = tuple(part.weight.shape[0] for part in parts)
     return plan_of(
         weight.layout, row_chunks(weight), rows, len(x), num_multiprocessors(x), operand,
-        gated=gated, tiles_alone=tiles_alone, hip=hip,
+        x_bytes=x.element_size(), norm=norm is not None, gated=gated, tiles_alone=tiles_alone, hip=hip,
     )  # fmt: skip
 
 
@@ -385,6 +389,7 @@ def variants() -> list[Variant]:
         ("Q4_K", 1, "bf16", "auto", "gated"),
         ("Q4_K", 16, "bf16", "fast", ""),
         ("Q6_K", 2, "bf16", "auto", ""),
+        ("IQ4_NL", 1, "bf16", "auto", ""),
     ]
     return [
         _variant(name, tokens, x_types[kind], precision, fused, hip)
@@ -415,13 +420,14 @@ def _variant(name: str, tokens: int, x_dtype: torch.dtype, precision: str, fused
     own = "" if weight.layout.bits else _name(weight.codes.dtype)
     operand = operand_of(_name(x_dtype), own, weight.layout, precision, norm is not None, hip)
     rows = (_VARIANT_COLS,) * count
-    plan = plan_of(weight.layout, row_chunks(weight), rows, tokens, 132, operand, gated=gated, hip=hip)
+    more = {"x_bytes": x.element_size(), "norm": norm is not None, "gated": gated, "hip": hip}
+    plan = plan_of(weight.layout, row_chunks(weight), rows, tokens, 132, operand, **more)
     values = _arguments(x, [_Part(weight, bias, out)] * count, residual, norm, 1e-6, plan)
     values |= {"partial": out, "counters": torch.empty(1, dtype=torch.int32)}
     fixed = constants(
         weight, plan, slots=1 if gated else count, gated=gated, **{word: word in fused for word in given}
     )  # fmt: skip
-    sixteen_bytes = ("cp.async.cg.shared.global [ %", ", 0x10")
+    sixteen_bytes = ("cp.async.cg.shared.global [ %", ", 0x10") if plan.tile.stages > 1 else (".v4.b32",)
     return Variant(
         f"{name} x{tokens} {_TYPES[x_dtype]} {fused}".strip(),
         _linear,

@@ -41,13 +41,25 @@ class Tile:
 # 16-bit weight at 16 rows of x, 1 times those of a 4-bit one at 32.
 _FEW = {"float": Tile(rows=64, chunks=16, warps=8, stages=4), "codes": Tile(rows=32, chunks=32, warps=8, stages=4)}
 _MANY = {"float": Tile(rows=64, chunks=16, warps=4, stages=4), "codes": Tile(rows=128, chunks=8, warps=8, stages=4)}
-_HIP_STAGES = 2  # 64 KB of shared memory
+# Of the steps in flight, in shared memory, beside which two programs shall find room.
+_SHARED_BYTES, _HIP_SHARED_BYTES = 96 << 10, 48 << 10
 
 
-def tile_of(layout: WeightLayout, few: bool, hip: bool) -> Tile:
-    """The tile for weights of this layout."""
-    tile = (_FEW if few else _MANY)["codes" if layout.bits else "float"]
-    return replace(tile, stages=_HIP_STAGES) if hip else tile
+def staged_bytes(layout: WeightLayout, tile: Tile, tokens: int, x_bytes: int, norm: bool) -> int:
+    """What a step in flight takes: codes, their upper bits, and x (and the norm's weight) for each part of them."""
+    words = tile.chunks * 4
+    upper = tile.rows * words * layout.parts * layout.high_bits // 8
+    columns = words * layout.parts if layout.bits else words * 2  # of floats at most 8 to a chunk
+    return tile.step_bytes + upper + columns * (tokens * x_bytes + (4 if norm else 0))
+
+
+def _stages(layout: WeightLayout, tile: Tile, step_bytes: int, hip: bool) -> int:
+    """How many fit; one where a pipeline would fetch what is looked up in a table into shared memory."""
+    if layout.values == "iq4":
+        return 1
+    if hip:
+        return 2 if step_bytes <= _HIP_SHARED_BYTES else 1
+    return max(2, min(tile.stages, 1 + _SHARED_BYTES // step_bytes))
 
 
 @dataclass(frozen=True)
@@ -114,13 +126,18 @@ def plan_of(
     multiprocessors: int,
     operand: tuple[str, str],
     *,
+    x_bytes: int = 2,
+    norm: bool = False,
     gated: bool = False,
     tiles_alone: bool = False,
     hip: bool = False,
 ) -> LinearPlan:
-    """rows: of each weight of the launch; row_chunks: 16-byte chunks of a row; tiles_alone: never multiply-add."""
+    """rows: of each weight of the launch; row_chunks: 16-byte chunks of a row; tiles_alone: never multiply-add.
+
+    x_bytes: of a number of x; norm: whether x is normed first.
+    """
     few = tokens <= few_rows_of(layout) and not tiles_alone
-    tile = tile_of(layout, few, hip)
+    tile = (_FEW if few else _MANY)["codes" if layout.bits else "float"]
     chunks = max(1 if few else 4, min(tile.chunks, _power_above(row_chunks)))
     num_tiles = -(-rows[0] // tile.rows) if gated else sum(-(-each // tile.rows) for each in rows)
     all_steps = -(-row_chunks // chunks)
@@ -129,6 +146,8 @@ def plan_of(
     steps = -(-all_steps // splits)
     splits = -(-all_steps // steps)  # none is left without columns
     in_program = _power_above(tokens) if few else 16 if tokens <= 16 else MOST_TOKENS
+    step_bytes = staged_bytes(layout, tile, in_program, x_bytes, norm)
+    tile = replace(tile, stages=_stages(layout, tile, step_bytes, hip))
     return LinearPlan(tile, in_program, chunks, num_tiles, splits, steps, None if few else operand[0], operand[1])
 
 
