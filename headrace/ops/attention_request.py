@@ -18,7 +18,6 @@ import numpy as np
 from headrace.errors import ArgumentError
 from headrace.kernels import cpu
 from headrace.kernels.arrays import (
-    Buffer,
     arch_of,
     as_torch,
     check_same_device,
@@ -33,7 +32,7 @@ from headrace.machine import KernelSpeed, Machine
 from headrace.ops.attention_checks import FLOATS, check_shape, check_type
 from headrace.ops.attention_options import AttentionOptions, AttentionResult, checked_options
 from headrace.ops.late import late
-from headrace.ops.per_gpu import arithmetic_of
+from headrace.ops.per_gpu import arithmetic_of, interpreter_asked
 from headrace.ops.per_isa import CALL_SECONDS, cpu_kernel, level_in_force, native_conditions, predicted_seconds
 from headrace.ops.select import Kernel, Plan, Reason, Request, Traffic, choose, count_choice, machine_at
 
@@ -96,9 +95,10 @@ class Call:
     def page_len(self) -> int:
         """Keys of the pages that dense keys consist of, where few rows may read them so; 0: of none."""
         query, key, value = (self.arrays[name] for name in ("query", "key", "value"))
-        dense = self.op == "attention" and len(query.shape) == 4 and not isinstance(key, Buffer)
-        few = dense and rows_of(query.shape, key.shape[-2]) <= MOST_ROWS
-        return page_len_of(key, value) if few and (self.place[0] != "cpu" or is_torch(key)) else 0
+        if self.op != "attention" or len(query.shape) != 4 or rows_of(query.shape, key.shape[-2]) > MOST_ROWS:
+            return 0
+        there = self.place[0] != "cpu" or (is_torch(key) and interpreter_asked())
+        return page_len_of(key, value) if there else 0
 
 
 def split_arguments(given: Mapping[str, Any], head_dim: int) -> tuple[dict[str, Any], AttentionOptions]:
