@@ -137,8 +137,8 @@ def _flashinfer_latent(batch: Pages, value_dim: int, scale: float) -> Call:
 
 
 def dense_peers(arrays: tuple[Any, Any, Any], scale: float) -> Peers:
-    """Of causal attention, [batch, tokens, heads, head_dim]."""
-    peers = sdpa_peers([heads_first(arrays)], scale, causal=True)
+    """Of causal attention, [batch, tokens, heads, head_dim]. One query sees all keys, which torch calls not causal."""
+    peers = sdpa_peers([heads_first(arrays)], scale, causal=arrays[0].shape[1] > 1)
     if arrays[0].dtype.itemsize > 2:
         return peers
     return peers | {

@@ -1,7 +1,7 @@
 """Dense causal attention for `headrace bench gpu`, forward and backward.
 
-Arithmetic binds, so one set of buffers is enough. Of the forward some rows of some heads are checked, of the backward
-the gradients of one KV head, whole.
+Arithmetic binds, or the keys of decode are many, so one set of buffers is enough. Of the forward some rows of some
+heads are checked, of the backward the gradients of one KV head, whole.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CHECKED_ROWS, _CHECKED_HEADS = 16, 4
 
 
 def build_dense(sizes: Mapping[str, Any], device: str) -> GpuWork:
-    """batch, tokens, heads, kv_heads, head_dim, dtype; precision."""
+    """batch, tokens, heads, kv_heads, head_dim, dtype; precision, and queries where they are fewer, the last ones."""
     from headrace.ops import attention
 
     case, arrays = _case(sizes, "attention"), _arrays(sizes, device)
@@ -66,16 +66,17 @@ def build_backward(sizes: Mapping[str, Any], device: str) -> GpuWork:
 
 
 def _case(sizes: Mapping[str, Any], op: str) -> SpeedCase:
-    lens = (sizes["tokens"],) * sizes["batch"]
+    batch, tokens = sizes["batch"], sizes["tokens"]
+    queries, keys = (sizes.get("queries", tokens),) * batch, (tokens,) * batch
     dims = (sizes["heads"], sizes["kv_heads"], sizes["head_dim"], sizes["head_dim"])
-    return SpeedCase("", lens, lens, *dims, sizes["dtype"], op, sizes.get("precision", "auto"))
+    return SpeedCase("", queries, keys, *dims, sizes["dtype"], op, sizes.get("precision", "auto"))
 
 
 def _arrays(sizes: Mapping[str, Any], device: str) -> tuple[Any, Any, Any]:
     """query, key, value [batch, tokens, heads, head_dim]."""
-    rows, dim, dtype = (sizes["batch"], sizes["tokens"]), sizes["head_dim"], sizes["dtype"]
-    query = normal((*rows, sizes["heads"], dim), dtype, device, 0)
-    key, value = (normal((*rows, sizes["kv_heads"], dim), dtype, device, seed) for seed in (1, 2))
+    batch, dim, dtype = sizes["batch"], sizes["head_dim"], sizes["dtype"]
+    query = normal((batch, sizes.get("queries", sizes["tokens"]), sizes["heads"], dim), dtype, device, 0)
+    key, value = (normal((batch, sizes["tokens"], sizes["kv_heads"], dim), dtype, device, seed) for seed in (1, 2))
     return query, key, value
 
 
@@ -90,8 +91,9 @@ def _forward_margin(case: SpeedCase, arrays: tuple[Any, Any, Any], out: Any) -> 
         b, head = i % len(query), i * (case.heads - 1) // max(min(_CHECKED_HEADS, case.heads) - 1, 1)
         drawn = torch.randint(tokens, (_CHECKED_ROWS,), generator=generator)
         rows = torch.cat([torch.tensor([0, tokens // 2, tokens - 1]), drawn]).to(query.device)
+        ends = key.shape[1] - tokens + rows + 1
         keys, values = (array[b, :, head // group] for array in (key, value))
-        sample = Sample(query[b, rows, head], keys, values, rows + 1, case.head_dim**-0.5)
+        sample = Sample(query[b, rows, head], keys, values, ends, case.head_dim**-0.5)
         got.append(out[b, rows, head])
         true.append(exact(sample))
         plain.append(straightforward(sample, true[-1]))

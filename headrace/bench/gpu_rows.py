@@ -59,6 +59,12 @@ def _decode() -> Iterator[GpuRow]:
             yield GpuRow(name, "paged", sizes, _DECODE_TARGETS, (page_size, batch, keys) in _QUICK_DECODE)
 
 
+def _dense_decode() -> Iterator[GpuRow]:
+    for batch in (1, 8):
+        sizes = _dense(batch, 32, 8, 32 * K, "bfloat16", queries=1)
+        yield GpuRow(f"dense_decode_b{batch}_32k", "dense", sizes)
+
+
 def _ragged() -> Iterator[GpuRow]:
     lens = (128 * K, *(K,) * 31)
     for page_size in (64, 16):
@@ -180,7 +186,8 @@ def _starts() -> Iterator[GpuRow]:
 
 def target_rows() -> tuple[GpuRow, ...]:
     """Every row but those of regret, the most telling first: what time does not suffice for is at the end."""
-    found = [*_decode(), *_ragged(), *_latent(), *_prefill(), *_linear(), *_starts(), *_small()]
+    told = [*_decode(), *_ragged(), *_latent(), *_prefill(), *_linear(), *_starts()]
+    found = [*told, *_dense_decode(), *_small()]
     return tuple(sorted(found, key=lambda row: not row.quick))
 
 

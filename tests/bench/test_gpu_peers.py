@@ -115,6 +115,12 @@ def test_gradients(name: str) -> None:
         torch.testing.assert_close(their.transpose(1, 2) if "SDPA" in name else their, our)
 
 
+def test_one_query_sees_all_keys() -> None:
+    arrays = gpu_prefill._arrays({**DENSE, "queries": 1, "dtype": "float32"}, "cpu")
+    ours = attention(*arrays, causal=True, scale=0.2).out
+    torch.testing.assert_close(gpu_peers.dense_peers(arrays, 0.2)["torch SDPA"]()(0).transpose(1, 2), ours)
+
+
 def test_float32_is_no_work_for_flash_attn() -> None:
     arrays = gpu_prefill._arrays({**DENSE, "dtype": "float32"}, "cpu")
     assert not any("flash_attn" in name for name in gpu_peers.dense_peers(arrays, 0.2))

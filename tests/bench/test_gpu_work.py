@@ -22,6 +22,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "latent": ("latent", {"key_lens": [70, 5], "page_size": 16, **LATENT}),
     "dense": ("dense", {"batch": 2, "tokens": 40, **HEADS}),
     "exact": ("dense", {"batch": 1, "tokens": 40, **HEADS, "dtype": "float32", "precision": "exact"}),
+    "dense_decode": ("dense", {"batch": 2, "tokens": 40, "queries": 1, **HEADS}),
     "backward": ("backward", {"batch": 2, "tokens": 40, **HEADS}),
     "norm": ("norm", {"tokens": 9, "dim": 64, "dtype": "bfloat16"}),
     "rope": ("rope", {"tokens": 9, "head_dim": 32}),
