@@ -15,8 +15,9 @@ INVARIANT_KEYS = 4096
 MOST_KEYS = 1 << 30  # of a request; in the kernel they are counted in 32 bits
 MOST_VALUES, MOST_REST = 512, 128  # numbers of a latent, and behind it
 MOST_WORKSPACE_BYTES = 1 << 30  # only the batch-invariant mode with room for very many keys comes near
-# Items for each worker from which on they are not cut.
-_MANY_ITEMS = 4
+# From so many items for each worker on they are not cut, unless a request may have more keys than these for each item:
+# one request of 128 k keys beside a prompt would keep a worker busy when all others are done.
+_MANY_ITEMS, _KEYS_OF_ITEM = 4, 32
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def division(
     if invariant:
         return Division(tile, members, items, 0, INVARIANT_KEYS // tile.keys, max(1, -(-capacity // INVARIANT_KEYS)))
     workers = max(1, multiprocessors // members)
-    if max(requests, -(-tokens * heads // rows)) >= _MANY_ITEMS * workers:
+    if max(requests, -(-tokens * heads // rows)) >= max(_MANY_ITEMS * workers, capacity // _KEYS_OF_ITEM):
         return Division(tile, members, items, 0, MOST_KEYS // tile.keys, 1)
     return Division(tile, members, items, workers, 1, 1)
 

@@ -92,3 +92,11 @@ def test_it_runs_by_name_in_the_interpreter():
     found = ops.mla_attention(**batch, kernel="triton_mla")
     assert dict(ops.choices()) == {("mla_attention", "triton_mla"): 1}
     assert np.isfinite(found.out).all() and np.isfinite(found.lse).all()
+
+
+def test_long_requests_are_divided_beside_a_prompt():
+    def workers(tokens, capacity):
+        options = {"chip": "sm_90", "kind": "plain", "multiprocessors": 132, "invariant": False}
+        return division(tokens, 8, 128, capacity, **options).workers
+
+    assert [workers(2048, 1 << 17), workers(2048, 1 << 13), workers(8192, 1 << 17)] == [66, 0, 0]

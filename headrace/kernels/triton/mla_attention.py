@@ -297,7 +297,7 @@ def mla_kernel(
     batch = (query_starts, key_lens, num_requests, num_tokens, most_keys, left, right, halvings)
     member = tl.program_id(0) % setup.members
     worker = tl.program_id(0) // setup.members
-    item = worker
+    item = num_items - 1 - worker  # the last rows of a prompt, which see most keys, first
     start = tl.full((), 0, tl.int64)
     x_end = tl.full((), 1, tl.int64)
     interval = (start, x_end, x_end, x_end)
