@@ -6,8 +6,8 @@ Wins       decode, verification and prompts over a latent cache of any type: the
 Schedule   rows = tokens x heads of a request. An item is some tiles of rows (its members), side by side over the same
            keys, so that all but one find them in L2. Workers take intervals of the line of all items (schedule.py); a
            prompt, which has more items than workers, one item each; batch-invariant, one fixed part of an item each.
-           A tile of keys: scores, softmax in base 2, values from the same tile; up to 16 rows have tiles of 16, up to 32
-           turned products, where keys are the rows of the tensor core's tile. Parts are joined by mla_merge.py.
+           A tile of keys: scores, softmax in base 2, values from the same tile. 16 rows have tiles of 16; for 32 the
+           products are turned, keys are the rows of the tensor core's tile. Parts are joined by mla_merge.py.
 Source     DeepSeek-AI 2024, "DeepSeek-V2"; 2025, "FlashMLA"; Dao 2023, "Flash-Decoding". kernels/mla_tiles.py: sizes.
 Error      16-bit: exact products, sums in float32, weights rounded to the query's type. float32: as float32 arithmetic.
 Measured   not measured yet.

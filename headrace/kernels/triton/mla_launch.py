@@ -267,8 +267,8 @@ _SHAPES = (
     _Shape("int4_16_heads", 16, key=torch.uint8, chips=("sm_90",)),
     _Shape("float32_16_heads", 16, query=torch.float32, key=torch.float32, chips=("sm_80", "sm_90", "gfx942")),
 )
-# What a worker remembers of its interval while it goes over keys: spilled before the loop, read again behind it. With 64
-# rows the sums take half of the registers.
+# What a worker remembers of its interval while it goes over keys: spilled before the loop, read again behind it.
+# The sums of 64 rows take half of the registers.
 _SPILLED, _SPILLED_BY_64_ROWS = 64, 256
 _MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 _SPELLED = {
