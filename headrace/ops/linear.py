@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.kernels.arrays import check_same_device, dtype_name, shape_of
+from headrace.kernels.arrays import check_same_device, dtype_name, is_torch, shape_of
 from headrace.kernels.device_weight import DeviceWeight
 from headrace.ops import gpu_linear
 from headrace.ops.formats import FORMATS, dequantize
@@ -231,6 +231,8 @@ def _check_on_device(asked: Request, x: Any, weight: Weight, *others: dict[str, 
     """What native code checks of its arrays: of a weight on a device, that all lie there and have their shapes."""
     if not isinstance(weight, DeviceWeight):
         return
+    if not is_torch(x):
+        raise ArgumentError(f"x: expected a tensor of torch where the weight is, got {type(x).__name__}")
     given = {name: array for each in others for name, array in each.items() if array is not None}
     check_same_device({"x": x, "weight": weight.codes, **given})
     rows, (tokens, cols) = weight.shape[0], asked.shapes["x"]

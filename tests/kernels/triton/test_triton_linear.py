@@ -339,6 +339,7 @@ def test_weights_for_another_device_are_refused():
     [
         (lambda w: op.linear(torch.ones(1, 33), w), "x: expected [tokens, 32]"),
         (lambda w: op.linear(np.ones((1, 32), np.int8), w), "x: expected a dtype"),
+        (lambda w: op.linear(np.ones((1, 32), np.float32), w), "x: expected a tensor of torch"),
         (lambda w: op.linear(torch.ones(1, 32), w, bias=torch.ones(5)), "bias: expected [4]"),
         (lambda w: op.linear(torch.ones(1, 32), w, out=torch.ones(1, 5)), "out: expected [1, 4]"),
         (lambda w: op.linear(torch.ones(1, 32), w, residual=torch.ones(4, 1).T[:, ::2]), "residual: expected"),
