@@ -9,12 +9,12 @@ silu(x gate^T) * (x up^T). Wins where weights' bytes bind: up to 32 rows; the mo
     few rows, 1-4 (1-2 of codes below 8 bits): multiply-add in float32; more: tensor cores, 16 or 32 rows to a tile
     shares of columns meet in memory: who arrives last adds them in their order, and leaves the counters at zero
 
-Precision. Few rows: float32 throughout, whatever was asked; error that of float32 sums. More: "exact" and, of float32 x,
-"auto": three tf32 products, of float32's accuracy (on AMD float32 itself); 16-bit x, "auto" and "fast": weights rounded to
-x's type, which bf16, fp16, fp8 and integer codes with one scale per row need not; "fast" of float32 x: bf16, or tf32
-where a weight is fp16 or float32. Sums are float32. Source: split-K with a last arriver is Stream-K's (Osama et al. 2023);
-bits above 2^k instead of conversions are an old trick, FasterTransformer's among others. Bandwidth: not measured yet;
-what is expected: docs/kernels/linear_gpu.md.
+Precision. Few rows: float32 throughout, whatever was asked; error that of float32 sums. More: "exact" and, of float32
+x, "auto": three tf32 products, of float32's accuracy (on AMD float32 itself); 16-bit x, "auto" and "fast": weights
+rounded to x's type, which bf16, fp16, fp8 and integer codes with one scale per row need not; "fast" of float32 x: bf16,
+or tf32 where a weight is fp16 or float32. Sums are float32. Source: split-K with a last arriver is Stream-K's (Osama et
+al. 2023); bits above 2^k instead of conversions are an old trick, FasterTransformer's among others. Bandwidth: not
+measured yet; what is expected: docs/kernels/linear_gpu.md.
 """
 
 from __future__ import annotations
