@@ -151,9 +151,21 @@ def run_kernel(chosen: Kernel, arrays: Mapping[str, Any], options: AttentionOpti
         chosen.run(arrays, options.native())
         return
     tensors = {name: as_torch(array, name) for name, array in arrays.items() if array is not None}
+    _check_packed(tensors)
     chosen.run(tensors, options.native() | {"precision": options.precision})
 
 
+def _check_packed(tensors: Mapping[str, Any]) -> None:
+    """What native code checks of the CPU's arrays."""
+    for name in _PACKED:
+        tensor = tensors.get(name)
+        if tensor is not None and tensor.stride(-1) != 1 and tensor.shape[-1] > 1 and tensor.numel():
+            found = f"{list(tensor.shape)} with another stride"
+            raise ArgumentError(f"{name}: expected a contiguous last dimension, got {found}", f"{name}.contiguous()")
+
+
+# In whose rows all kernels take one number after the other.
+_PACKED = ("query", "key", "value", "out", "d_out", "d_query", "d_key", "d_value")
 _chosen: dict[tuple[Any, ...], Kernel] = {}
 _MOST_REMEMBERED = 4096
 

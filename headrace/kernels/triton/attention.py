@@ -94,9 +94,9 @@ def attention_kernel(
     block = number // sizes[4] % sizes[3]
     request = number // (sizes[4] * sizes[3])
     if query_starts is not None:
-        request, tile = request_of(query_starts, sizes[0], tile, packed, rows)
+        request, tile = request_of(query_starts, tile, sizes, packed, rows)
     row_begin, query_len, key_begin, key_len = extent_of(request, query_starts, key_starts, key_lens, sizes)
-    if tile * rows >= query_len * packed:
+    if (tile < 0) | (tile * rows >= query_len * packed):
         return
 
     # A row is a token and, where heads are packed, one of them.

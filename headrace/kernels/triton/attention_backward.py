@@ -408,10 +408,10 @@ def queries_kernel(
     head = (number // sizes[4] % sizes[3]).to(tl.int64)
     request = number // (sizes[4] * sizes[3])
     if query_starts is not None:
-        request, tile = request_of(query_starts, sizes[0], tile, 1, rows)
+        request, tile = request_of(query_starts, tile, sizes, 1, rows)
     row_begin, query_len, key_begin, key_len = extent_of(request, query_starts, key_starts, key_lens, sizes)
     first = tile * rows
-    if first >= query_len:
+    if (first < 0) | (first >= query_len):
         return
     batch, kv_head = request.to(tl.int64), head // sizes[5]
     token, last = first + tl.arange(0, rows), tl.minimum(first + rows, query_len) - 1

@@ -61,20 +61,20 @@ def held(number, least, most):
 
 
 @triton.jit
-def request_of(query_starts, num_requests, tile, packed: tl.constexpr, rows: tl.constexpr):
-    """The request of a tile, and which of its tiles it is.
+def request_of(query_starts, tile, sizes, packed: tl.constexpr, rows: tl.constexpr):
+    """The request of a tile, and which of its tiles it is: a negative one where starts are none.
 
     Request r has those from query_starts[r] * packed // rows + r on: enough of them whatever the lengths are, and their
     number follows from the sizes of the arrays alone.
     """
     low = 0
-    high = num_requests
+    high = sizes[0]
     while high - low > 1:
         middle = (low + high) // 2
-        before = tl.load(query_starts + middle) * packed // rows + middle <= tile
+        before = held(tl.load(query_starts + middle), 0, sizes[1]) * packed // rows + middle <= tile
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
-    return low, tile - (tl.load(query_starts + low) * packed // rows + low)
+    return low, tile - (held(tl.load(query_starts + low), 0, sizes[1]) * packed // rows + low)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from headrace.check.attention_batch import NARROW, attention_batch, reference, s
 from headrace.check.attention_cases import DENSE, RAGGED, dense, heads, ragged
 from headrace.check.attention_expected import assert_close, assert_kernel_holds, computed_on
 from headrace.check.guards import Guarded, as_numpy
+from headrace.errors import ArgumentError
 from headrace.kernels.gpu_products import product_types
 from headrace.ops.attention_formula import capped, per_head
 from headrace.ops.attention_options import AttentionResult
@@ -164,6 +165,14 @@ def test_arrays_may_have_any_strides(name, device):
     assert np.array_equal(got.out, plain.out) and np.array_equal(got.lse, plain.lse)
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_numbers_of_a_row_must_lie_side_by_side(name, device):
+    batch = attention_batch(CASES["dense_scale"])
+    batch[name] = np.repeat(batch[name], 2, axis=-1)[..., ::2]
+    with pytest.raises(ArgumentError, match=f"{name}: expected a contiguous last dimension"):
+        computed_on(device, CASES["dense_scale"], batch, kernel=KERNEL)
+
+
 # Masks
 
 
@@ -258,3 +267,39 @@ def test_a_tile_follows_from_the_options_where_bits_must_not_depend_on_the_batch
 
     assert len(set(tiles(batch_invariant=True))) == 1
     assert tiles()[0] == tiles()[1] != tiles()[2] == tiles()[3]
+
+
+HUGE, LEAST = 2**31 - 1, -(2**31)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"query_starts": [0, HUGE, 40]},
+        {"query_starts": [39, 20, LEAST]},
+        {"query_starts": [-5, 20, 90]},
+        {"key_starts": [HUGE, LEAST]},
+        {"key_lens": [HUGE, -1]},
+        {"key_starts": [60, 69], "key_lens": [70, 70]},
+        {"first_keys": [LEAST] * 20 + [HUGE] * 20, "last_keys": [HUGE] * 40},
+    ],
+    ids=lambda given: "-".join(given),
+)
+def test_numbers_outside_the_arrays_lead_nowhere_else(given):
+    """Far outside, the interpreter reads from memory that is not there."""
+    from headrace.kernels.triton import attention, attention_backward
+    from headrace.kernels.triton.attention_variants import OPTIONS
+
+    def array(*shape):
+        return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+
+    arrays = {"query": array(40, 2, 16), "key": array(70, 1, 16), "value": array(70, 1, 16), "out": array(40, 2, 16)}
+    numbers = {"query_starts": [0, 20, 40], "key_starts": [0, 30], "key_lens": [30, 40]} | given
+    arrays |= {name: np.array(listed, np.int32) for name, listed in numbers.items()} | {"lse": array(40, 2)}
+    arrays |= {f"d_{name}": array(*arrays[name].shape) for name in ("out", "query", "key", "value")}
+    guarded = Guarded("cpu")
+    tensors = guarded.tensors(arrays)
+    attention.run({name: tensor for name, tensor in tensors.items() if not name.startswith("d_")}, OPTIONS)
+    attention_backward.run(tensors, OPTIONS)
+    guarded.assert_untouched()
