@@ -9,7 +9,7 @@ nobody sees are skipped. Source: Dao 2023, "FlashAttention-2"; docs/kernels/atte
 A row's bits follow from its own keys: tiles of keys begin at multiples of their size, whole and masked tiles compute
 alike, and with deterministic=True a tile's shape follows from types and options alone.
 Error: products of 16-bit types are exact, sums are float32, weights are rounded to 16 bits before they meet the values;
-float32 is multiplied in three products of tf32 (2^-22), or in full where there are few rows. Not measured yet.
+float32 is multiplied in three products of tf32 (2^-22), on AMD in full. Not measured yet.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 INTERPRETER = "interpreter"
+LITTLE_MEMORY = "sm_86"  # and what is like it: 99 KB of shared memory a block, mma.sync
 CONVERTS_FLOAT8 = ("sm_90", "sm_100")  # float8_e4m3fn, in hardware
 MOST_KEYS_WITH_EXTRAS = 64
 FEW_ROWS = 16  # up to so many rows of a KV head are one tile of 16
@@ -100,8 +101,10 @@ def tile_of(table: Any, chip: str, bits: int, width: int, *, few: bool = False, 
     if chip == INTERPRETER:
         return INTERPRETED_FEW if few else INTERPRETED_TILE
     number = next((i for i, most in enumerate((64, 128, 256)) if width <= most), 3)
-    found = FEW[bits] if few else table[chip][bits]
+    found = FEW[bits] if few else table["sm_80" if chip == LITTLE_MEMORY else chip][bits]
     one: Tile = found[number]
+    if chip == LITTLE_MEMORY:
+        one = replace(one, num_stages=min(one.num_stages, 2))
     most = MOST_KEYS_WITH_EXTRAS // 2 if table is QUERY_GRADIENTS else MOST_KEYS_WITH_EXTRAS
     if extra and one.keys > most and not few:
         one = replace(one, keys=most, num_warps=8)
@@ -122,5 +125,6 @@ def _chip(index: int) -> str:
     if torch.version.hip:
         return "gfx942"
     major, minor = torch.cuda.get_device_capability(index)
-    # Consumer cards of compute capability 12 have the shared memory of an sm_80 or less, and no wgmma.
-    return "sm_90" if major == 9 else "sm_100" if major in (10, 11) else "sm_80"
+    if major in (9, 10, 11):
+        return "sm_90" if major == 9 else "sm_100"
+    return "sm_80" if (major, minor) == (8, 0) else LITTLE_MEMORY

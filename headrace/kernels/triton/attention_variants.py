@@ -16,11 +16,13 @@ from headrace.kernels.triton.attention_call import KernelCall, forward_call
 from headrace.kernels.triton.variants import CHIPS, Variant
 
 OPTIONS = {"top_left": False, "window_left": -1, "window_right": 0, "scale": 0.1, "softcap": 0.0}
-# Addresses and what rows are compared with, computed once for all loops of a walk and read back between them.
-SPILLS = {"keys": {"sm_90": 400}, "queries": {"sm_90": 16}}
+# Addresses and what rows are compared with, computed once for all loops of a walk and read back between them; where
+# nothing else is said, sizes of the call that are used at its end alone.
+SPILLS = {"keys": {"sm_90": 400}}
+FEW_SPILLS = {"sm_80": 16, "sm_90": 48}
 # The halves that tf32x3 makes of each query stay in registers; so do the sums of 512 values.
 LARGE = ("fp32 128", "bf16 576 512")
-SPILLS_OF_HALVES = {"sm_90": 144}
+SPILLS_OF_HALVES = {"sm_90": 144, "sm_100": 96}
 WGMMA = {"sm_90": ("wgmma.mma_async",)}
 _SPELLED = {
     torch.float32: "*fp32",
@@ -87,7 +89,7 @@ def forward_variants(kernel: Any) -> list[Variant]:
         for chip in chips:
             call = forward_call(arrays, OPTIONS | options, chip)
             made = variant_of(name, kernel, call, chip, promises)
-            found.append(replace(made, spills=SPILLS_OF_HALVES) if name in LARGE else made)
+            found.append(replace(made, spills=SPILLS_OF_HALVES if name in LARGE else FEW_SPILLS))
     return found
 
 
@@ -125,7 +127,7 @@ def backward_variants(kernels: Mapping[str, Any]) -> list[Variant]:
                 if kernel in kernels and (kernel != "rows" or name == "bf16 128"):
                     promised = promises if kernel != "rows" else {}
                     made = variant_of(f"{name} {kernel}", kernels[kernel], call, chip, promised)
-                    found.append(replace(made, spills=SPILLS.get(kernel, {})))
+                    found.append(replace(made, spills=SPILLS.get(kernel, FEW_SPILLS)))
     return found
 
 
