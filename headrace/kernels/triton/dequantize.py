@@ -18,13 +18,13 @@ from headrace.kernels.device_weight import CHUNK_WORDS, DeviceWeight
 from headrace.kernels.triton.launch import on_device_of
 from headrace.kernels.triton.linear_tiles import code_values, group_scales
 from headrace.kernels.triton.variants import Variant
-from headrace.kernels.triton.weight import from_blocks, iq4_table
+from headrace.kernels.triton.weight import from_blocks
 
 _ROWS, _CHUNKS, _WARPS = 8, 16, 4
 
 
 @triton.jit
-def _dequantize(out, out_stride, codes, high, scales, minimums, groups, upper, table, first_row, num_rows, num_cols,
+def _dequantize(out, out_stride, codes, high, scales, minimums, groups, upper, first_row, num_rows, num_cols,
                 row_chunks, row_groups,
                 VALUES: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WORDS: tl.constexpr, OFFSET: tl.constexpr,
                 GROUP: tl.constexpr, SCALES: tl.constexpr, MINIMUMS: tl.constexpr, SCALE_ROWS: tl.constexpr,
@@ -56,7 +56,7 @@ def _dequantize(out, out_stride, codes, high, scales, minimums, groups, upper, t
             scale = tl.load(scales + rows)
         for part in tl.static_range(together * TOGETHER, together * TOGETHER + TOGETHER):
             column = (span * LENGTH + part * WORDS + word % WORDS)[None, :]
-            values = code_values(words, more, table, nothing, part, VALUES, LOW, HIGH, OFFSET) * scale
+            values = code_values(words, more, nothing, part, VALUES, LOW, HIGH, OFFSET) * scale
             if MINIMUMS != "none":
                 values += minimum
             written = (row < num_rows)[:, None] & inside & (column < num_cols)
@@ -80,7 +80,6 @@ def _arguments(weight: DeviceWeight, out: torch.Tensor, first: int, count: int) 
     found = [weight.codes if getattr(weight, name) is None else getattr(weight, name) for name in fields]
     arguments: dict[str, object] = {"out": out, "out_stride": out.stride(0)}
     arguments |= zip((*fields[:-1], "upper"), found, strict=True)
-    arguments["table"] = iq4_table(out.device) if weight.layout.values == "iq4" else out
     arguments |= {"first_row": first, "num_rows": count, "num_cols": weight.shape[1]}
     return arguments | {"row_chunks": weight.codes.shape[1] // CHUNK_WORDS, "row_groups": weight.row_groups}
 

@@ -33,7 +33,7 @@ from headrace.kernels.triton.launch import num_multiprocessors, on_device_of
 from headrace.kernels.triton.linear_plan import LinearPlan, operand_of, plan_of
 from headrace.kernels.triton.linear_tiles import few_rows, many_rows
 from headrace.kernels.triton.variants import Variant
-from headrace.kernels.triton.weight import from_blocks, from_fp8, from_int4, from_int8, iq4_table
+from headrace.kernels.triton.weight import from_blocks, from_fp8, from_int4, from_int8
 from headrace.kernels.triton.weight_blocks import BLOCKS, FLOATS
 
 SLOTS = 3  # weights of one launch
@@ -41,7 +41,7 @@ _SLOT = ("codes", "high", "scales", "minimums", "groups", "upper", "bias", "out"
 
 
 @triton.jit
-def _product(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, table, rows,
+def _product(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, rows,
              row_chunks, row_groups, first, last,
              VALUES: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WORDS: tl.constexpr, OFFSET: tl.constexpr,
              GROUP: tl.constexpr, SCALES: tl.constexpr, MINIMUMS: tl.constexpr, SCALE_ROWS: tl.constexpr,
@@ -50,13 +50,13 @@ def _product(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums,
     """The sums of one weight's tile, and those of squares of x. Few rows of x where OPERAND is None."""
     if OPERAND is None:
         tile, square = few_rows(
-            x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, table, rows,
+            x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, rows,
             row_chunks, row_groups, first, last, VALUES, LOW, HIGH, WORDS, OFFSET, GROUP, SCALES, MINIMUMS, SCALE_ROWS,
             BM, BN, CHUNKS, CHUNK, NORM, MASKED, STAGES,
         )  # fmt: skip
     else:
         tile, square = many_rows(
-            x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, table, rows,
+            x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, rows,
             row_chunks, row_groups, first, last, VALUES, LOW, HIGH, WORDS, OFFSET, GROUP, SCALES, MINIMUMS, SCALE_ROWS,
             BM, BN, CHUNKS, CHUNK, NORM, MASKED, OPERAND, PRECISION,
         )  # fmt: skip
@@ -104,7 +104,7 @@ _NUMBERS = ("num_tokens", "row_chunks", "row_groups", "splits", "steps", "rows0"
 
 
 @triton.jit(do_not_specialize=_NUMBERS)
-def _linear(x, x_stride, norm, eps, residual, residual_stride, table, partial, counters, num_tokens, num_cols,
+def _linear(x, x_stride, norm, eps, residual, residual_stride, partial, counters, num_tokens, num_cols,
             row_chunks, row_groups, splits, steps,
             codes0, high0, scales0, minimums0, groups0, upper0, bias0, out0, out_stride0, rows0,
             codes1, high1, scales1, minimums1, groups1, upper1, bias1, out1, out_stride1, rows1,
@@ -136,14 +136,14 @@ def _linear(x, x_stride, norm, eps, residual, residual_stride, table, partial, c
     first = split * steps
     last = tl.minimum(first + steps, tl.cdiv(row_chunks, CHUNKS))
     tile, square = _product(
-        x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, upper, table, read,
+        x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, upper, read,
         row_chunks, row_groups, first, last, VALUES, LOW, HIGH, WORDS, OFFSET, GROUP, SCALES, MINIMUMS, SCALE_ROWS,
         BM, BN, CHUNKS, CHUNK, NORM, MASKED, OPERAND, PRECISION, STAGES,
     )  # fmt: skip
     second = tile
     if GATED:
         second, _ = _product(
-            x, x_stride, norm, tokens, num_cols, codes1, high1, scales1, minimums1, groups1, upper1, table, read,
+            x, x_stride, norm, tokens, num_cols, codes1, high1, scales1, minimums1, groups1, upper1, read,
             row_chunks, row_groups, first, last, VALUES, LOW, HIGH, WORDS, OFFSET, GROUP, SCALES, MINIMUMS, SCALE_ROWS,
             BM, BN, CHUNKS, CHUNK, False, MASKED, OPERAND, PRECISION, STAGES,
         )  # fmt: skip
@@ -330,7 +330,6 @@ def _arguments(
     found: dict[str, Any] = {"x": x, "x_stride": x.stride(0), "norm": x if norm is None else norm, "eps": eps}
     found["residual"] = x if residual is None else residual
     found["residual_stride"] = 0 if residual is None else residual.stride(0)
-    found["table"] = iq4_table(x.device) if weight.layout.values == "iq4" else x
     found |= {"num_tokens": len(x), "num_cols": x.shape[1], "row_chunks": row_chunks(weight)}
     found |= {"row_groups": weight.row_groups, "splits": plan.splits, "steps": plan.steps}
     for slot, part in enumerate([*parts, *([parts[0]] * (SLOTS - len(parts)))]):

@@ -53,10 +53,8 @@ def staged_bytes(layout: WeightLayout, tile: Tile, tokens: int, x_bytes: int, no
     return tile.step_bytes + upper + columns * (tokens * x_bytes + (4 if norm else 0))
 
 
-def _stages(layout: WeightLayout, tile: Tile, step_bytes: int, hip: bool) -> int:
-    """How many fit; one where a pipeline would fetch what is looked up in a table into shared memory."""
-    if layout.values == "iq4":
-        return 1
+def _stages(tile: Tile, step_bytes: int, hip: bool) -> int:
+    """How many fit."""
     if hip:
         return 2 if step_bytes <= _HIP_SHARED_BYTES else 1
     return max(2, min(tile.stages, 1 + _SHARED_BYTES // step_bytes))
@@ -147,7 +145,7 @@ def plan_of(
     splits = -(-all_steps // steps)  # none is left without columns
     in_program = _power_above(tokens) if few else 16 if tokens <= 16 else MOST_TOKENS
     step_bytes = staged_bytes(layout, tile, in_program, x_bytes, norm)
-    tile = replace(tile, stages=_stages(layout, tile, step_bytes, hip))
+    tile = replace(tile, stages=_stages(tile, step_bytes, hip))
     return LinearPlan(tile, in_program, chunks, num_tiles, splits, steps, None if few else operand[0], operand[1])
 
 

@@ -18,7 +18,17 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 @triton.jit
-def code_values(words, high, table, nothing, PART: tl.constexpr, VALUES: tl.constexpr, LOW: tl.constexpr,
+def looked_up(codes):
+    """The numbers that the codes of the iq4 formats stand for: bytes of four words, 128 more than each. A table in
+    memory would be fetched into shared memory by a pipeline, number by number."""
+    low = tl.where((codes & 4) != 0, 0x766A5D4F, 0x3F2D1801)
+    high = tl.where((codes & 4) != 0, 0xF1D9C5B5, 0xA6998D81)
+    word = tl.where((codes & 8) != 0, high.to(tl.uint32), low.to(tl.uint32))
+    return ((word >> (8 * (codes & 3)).to(tl.uint32)) & 255).to(tl.float32) - 128
+
+
+@triton.jit
+def code_values(words, high, nothing, PART: tl.constexpr, VALUES: tl.constexpr, LOW: tl.constexpr,
                 HIGH: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
     """What part PART of these words stands for before scales, exact in float32.
 
@@ -29,7 +39,7 @@ def code_values(words, high, table, nothing, PART: tl.constexpr, VALUES: tl.cons
     SHIFT: tl.constexpr = PART * LOW
     MASK: tl.constexpr = (1 << LOW) - 1
     if VALUES == "iq4":
-        return tl.load(table + ((words >> SHIFT) & MASK).to(tl.int32))
+        return looked_up((words >> SHIFT) & MASK)
     elif VALUES == "fp8":
         bits = words >> SHIFT
         # The exponent is that of e4m3 less 120, subnormal numbers included.
@@ -142,7 +152,7 @@ def row_of(tokens, number):
 
 
 @triton.jit
-def few_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, table, rows,
+def few_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, rows,
              row_chunks, row_groups, first, last,
              VALUES: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WORDS: tl.constexpr, OFFSET: tl.constexpr,
              GROUP: tl.constexpr, SCALES: tl.constexpr, MINIMUMS: tl.constexpr, SCALE_ROWS: tl.constexpr,
@@ -196,7 +206,7 @@ def few_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums,
                 for part in tl.static_range(together * TOGETHER, together * TOGETHER + TOGETHER):
                     scaled, own = input_values(own_row, norm + column, num_cols - column, part * WORDS, NORM, MASKED)
                     if LOW != 0:
-                        products += scaled * code_values(words, upper, table, nothing, part, VALUES, LOW, HIGH, OFFSET)
+                        products += scaled * code_values(words, upper, nothing, part, VALUES, LOW, HIGH, OFFSET)
                     else:
                         products = words.to(tl.float32) * scaled
                     if MINIMUMS != "none":
@@ -226,7 +236,7 @@ def over_words(values, BN: tl.constexpr, SPANS: tl.constexpr, TILE_WORDS: tl.con
 
 
 @triton.jit
-def many_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, table, rows,
+def many_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, rows,
               row_chunks, row_groups, first, last,
               VALUES: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WORDS: tl.constexpr, OFFSET: tl.constexpr,
               GROUP: tl.constexpr, SCALES: tl.constexpr, MINIMUMS: tl.constexpr, SCALE_ROWS: tl.constexpr,
@@ -272,7 +282,7 @@ def many_rows(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums
                 scaled, own = input_values(
                     own_rows + column, norm + column, num_cols - column, part * WORDS, NORM, MASKED
                 )
-                values = code_values(words, upper, table, 0, part, VALUES, LOW, HIGH, OFFSET) if LOW != 0 else words
+                values = code_values(words, upper, 0, part, VALUES, LOW, HIGH, OFFSET) if LOW != 0 else words
                 if GROUP != 0:
                     values = values * scale
                 if MINIMUMS != "none":

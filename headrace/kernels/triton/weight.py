@@ -214,7 +214,7 @@ def _numbers(layout: WeightLayout, words: torch.Tensor, high: torch.Tensor | Non
     if high is not None:
         codes = codes | (_spread(high.to(torch.int32), layout, layout.high_bits) << layout.low_bits)
     if layout.values == "iq4":
-        return iq4_table(words.device)[codes]
+        return _iq4_table(words.device)[codes]
     if layout.values == "fp8":
         return codes.to(torch.uint8).view(torch.float8_e4m3fn).to(torch.float32)
     return (codes - layout.offset).to(torch.float32)
@@ -280,7 +280,7 @@ def _unpaired(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @functools.cache
-def iq4_table(device: torch.device) -> torch.Tensor:
+def _iq4_table(device: torch.device) -> torch.Tensor:
     """The sixteen numbers of the iq4 formats, float32 on a device."""
     return torch.tensor(IQ4_TABLE, dtype=torch.float32, device=device)
 
