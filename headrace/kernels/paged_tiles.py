@@ -78,11 +78,14 @@ class PagedTile:
         return self.keys * self.chunk
 
 
-def paged_tile(heads: Heads, num_tokens: int, num_requests: int, *, invariant: bool, chip: str) -> PagedTile:
-    """The configuration for so many query tokens of so many requests."""
+def paged_tile(
+    heads: Heads, num_tokens: int, num_requests: int, *, invariant: bool, chip: str, masked: bool = False
+) -> PagedTile:
+    """The configuration for so many query tokens of so many requests. masked: with a mask beside the keys."""
     rows = _rows_of(heads, num_tokens, num_requests, invariant)
     keys = min(max(_power(TILE_BYTES // heads.key_bytes + 1) // 2, 16), 128)
-    if rows >= 64 or heads.key_bits < 16:
+    if rows >= 32 or heads.key_bits < 16 or masked:
+        # As compiled: more scores than these take registers that are not there.
         keys = min(keys, 64)
     tile_bytes = keys * heads.key_bytes
     shared, beside = SHARED_OF_WORKER[chip]
@@ -97,7 +100,7 @@ def paged_tile(heads: Heads, num_tokens: int, num_requests: int, *, invariant: b
         stages = 1
     chunk = max(INVARIANT_KEYS // keys, 1) if invariant else 1
     merge_cost = max(8 * 4 * rows * heads.value_block // tile_bytes, 2)
-    warps = 8 if rows * max(heads.value_block, keys) >= 128 * 128 else 4
+    warps = 8 if rows == MOST_ROWS else 4
     return PagedTile(rows, keys, chunk, warps, stages, beside, merge_cost)
 
 

@@ -48,7 +48,8 @@ def plan(request: Request, gpu: Gpu) -> Plan:
     invariant = bool(request.options["deterministic"])
     arithmetic = _arithmetic(request)
     heads = _heads(request, wide=arithmetic not in ("bf16", "fp16"))
-    tile = paged_tile(heads, query[0], table[0], invariant=invariant, chip=chip_of(request.arch))
+    masked, chip = "mask" in request.shapes, chip_of(request.arch)
+    tile = paged_tile(heads, query[0], table[0], invariant=invariant, chip=chip, masked=masked)
     workers, most_keys = gpu.multiprocessors * tile.per_multiprocessor, table[1] * key[1]
     num_items = (query[0] * heads.group // tile.rows + table[0]) * key[2]
     slots = slots_of(tile, workers=workers, num_items=num_items, most_keys=most_keys, invariant=invariant)

@@ -387,7 +387,8 @@ def _warps_of(setup: AppendSetup) -> int:
 
 def _pointers(given: Mapping[str, Any]) -> dict[str, Any]:
     names = ("query", "out", "key", "value", "key_pages", "value_pages", "key_scales", "value_scales", "slots", "table")
-    found = {name: given.get(name) for name in (*names, "query_norm", "key_norm")} | {"prefix": given.get("latent")}
+    found = {name: given.get(name) for name in (*names, "query_norm", "key_norm")}
+    found |= {"prefix": given.get("latent"), "slots": given["slots"].contiguous()}
     for name in ("key_pages", "value_pages"):
         pages = found[name]
         if pages is not None and pages.dtype == torch.float8_e4m3fn:

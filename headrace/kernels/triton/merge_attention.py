@@ -125,6 +125,7 @@ def run(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], *, out: Any,
         return
     parts = list(zip(map(_three, outs), map(_two, lses), strict=True))
     whole, logarithm = _three(out), _two(lse)
+    sinks = None if sinks is None else sinks.contiguous()
     with on_device_of(out):
         while len(parts) > AT_ONCE:
             first = parts[0][0]

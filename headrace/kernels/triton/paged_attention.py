@@ -94,7 +94,7 @@ def over_keys(q, q_rest, tiles, where, key_scales, value_scales, mask, setup: tl
     sums = tl.full([setup.rows, setup.values], 0.0, tl.float32)
     in_tile = tl.arange(0, size)
     page = pages_at(table, first_tile * size, max_pages, num_pages, setup)
-    for tile in tl.range(first_tile, end_tile):
+    for tile in tl.range(first_tile, end_tile, disable_licm=True):
         first = tile * size
         place = first + in_tile
         live = (place >= begin) & (place < end)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
+from headrace.errors import ArgumentError
 from headrace.kernels.paged_tiles import Heads, PagedTile, paged_tile, slots_of, units_of
 from headrace.kernels.triton.launch import num_multiprocessors
 from headrace.kernels.triton.variants import CHIPS, Variant
@@ -17,6 +18,10 @@ _PRODUCTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat1
 _BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 16, torch.uint8: 4}
 _UNBOUNDED, _FARTHEST = -1, 1 << 30
 FLOAT8 = torch.float8_e4m3fn
+_SMALL = (
+    *("query", "query_starts", "key_lens", "page_table", "mask", "sinks", "alibi_slopes"),
+    *("key_scales", "value_scales"),
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class PagedLaunch:
 
 def launch_of(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> PagedLaunch | None:
     """The launch of a call; None where there is nothing to compute."""
+    arrays = repacked(arrays)
     query, key, table = (arrays[name] for name in ("query", "key", "page_table"))
     num_tokens, heads, _ = query.shape
     num_requests, max_pages = table.shape
@@ -95,7 +101,8 @@ def launch_of(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> PagedLau
     invariant = bool(options["batch_invariant"])
     products, precision = products_of(query, key, options.get("precision", "auto"))
     dims = heads_of(query, key, arrays["value"], products)
-    tile = paged_tile(dims, num_tokens, num_requests, invariant=invariant, chip=chip_of(query))
+    masked = arrays.get("mask") is not None
+    tile = paged_tile(dims, num_tokens, num_requests, invariant=invariant, chip=chip_of(query), masked=masked)
     num_pages, page, kv_heads, _ = key.shape
     most_keys = max_pages * page if num_pages else 0
     num_tiles = num_tokens * dims.group // tile.rows + num_requests
@@ -112,7 +119,7 @@ def launch_of(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> PagedLau
         "right": bound(options["window_right"]),
         "halvings": (num_requests - 1).bit_length(),
         "num_tiles": num_tiles,
-        "num_columns": arrays["mask"].shape[-1] if arrays.get("mask") is not None else 0,
+        "num_columns": arrays["mask"].shape[-1] if masked else 0,
         "most_units": units_of(tile, most_keys),
         "by_item": int(num_items < workers),
         "kv_heads": kv_heads,
@@ -235,14 +242,30 @@ def bound(keys: int) -> int:
 
 def pointers(arrays: Mapping[str, Any]) -> dict[str, Any]:
     """The arrays by the kernel's words, None where there are none, in types that it reads."""
-    names = ("query", "key", "value", "out", "lse", "query_starts", "key_lens", "page_table")
-    found = {name: arrays[name] for name in names}
-    for name in ("key_scales", "value_scales", "mask", "sinks", "alibi_slopes"):
-        found[name] = arrays.get(name)
+    found = {name: packed(arrays[name], name) for name in ("key", "value", "out")} | {"lse": arrays["lse"]}
+    found |= {name: arrays.get(name) for name in _SMALL}
     if found["mask"] is not None and found["mask"].dtype == torch.bool:
         found["mask"] = found["mask"].view(torch.uint8)
     if arrays["key"].dtype == FLOAT8:
         found |= {name: found[name].view(torch.uint8) for name in ("key", "value")}
+    return found
+
+
+def packed(array: torch.Tensor, name: str) -> torch.Tensor:
+    """The array, if elements of its last dimension lie side by side; else an ArgumentError."""
+    if array.numel() and array.shape[-1] > 1 and array.stride(-1) != 1:
+        named = {"key": "key_pages", "value": "value_pages"}.get(name, name)
+        raise ArgumentError(f"{named}: expected a contiguous last dimension, got strides {array.stride()}")
+    return array
+
+
+def repacked(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with copies of small arrays whose last dimension is strided; those of scales may be."""
+    found = dict(arrays)
+    for name in set(_SMALL[:-2]) & set(found):
+        array = found[name]
+        if array is not None and array.numel() and array.shape[-1] > 1 and array.stride(-1) != 1:
+            found[name] = array.contiguous()
     return found
 
 

@@ -1,4 +1,4 @@
-"""append_pages on the device: the reference's codes and scales bit for bit, rotation inside the budget, nothing beside."""
+"""append_pages on the device: the reference's codes bit for bit, rotation inside the budget, nothing beside written."""
 
 import numpy as np
 import pytest

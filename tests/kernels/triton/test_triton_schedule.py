@@ -72,7 +72,7 @@ WINDOWS = st.sampled_from([(-1, -1), (-1, 0), (20, 0), (0, 3), (100, -1)])
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(batch=REQUESTS, kv_heads=st.integers(1, 3), workers=st.integers(1, 7), setup=SETUPS, window=WINDOWS)
 def test_the_device_finds_the_intervals_of_the_host(batch, kv_heads, workers, setup, window):
     query_lens, key_lens = zip(*batch, strict=True)
