@@ -10,7 +10,7 @@ import torch
 
 _POOL = 1 << 16
 _by_stream: dict[tuple[torch.device, int], torch.Tensor] = {}
-_of_captures: dict[torch.device, list[torch.Tensor]] = {}  # what is left of a pool
+_for_captures: dict[torch.device, torch.Tensor] = {}  # what is left of a reserve
 
 
 def arrival_counters(like: torch.Tensor, count: int) -> torch.Tensor:
@@ -20,6 +20,8 @@ def arrival_counters(like: torch.Tensor, count: int) -> torch.Tensor:
         return _kept(device, 0, count)
     if torch.cuda.is_current_stream_capturing():
         return _of_capture(device, count)
+    if device not in _for_captures:
+        _for_captures[device] = torch.zeros(16 * _POOL, dtype=torch.int32, device=device)
     return _kept(device, torch.cuda.current_stream(device).cuda_stream, count)
 
 
@@ -31,9 +33,12 @@ def _kept(device: torch.device, stream: int, count: int) -> torch.Tensor:
 
 
 def _of_capture(device: torch.device, count: int) -> torch.Tensor:
-    """NOTE: a pool made while capturing is cleared by the graph that made it, each time it is replayed."""
-    left = _of_captures.setdefault(device, [])
-    if not left or len(left[0]) < count:
-        left[:] = [torch.zeros(max(count, 16 * _POOL), dtype=torch.int32, device=device)]
-    taken, left[0] = left[0][:count], left[0][count:]
-    return taken
+    """Some of what was set aside before; where that is too little, zeros that their graph makes at each replay.
+
+    NOTE: what is made while capturing is zero only once its own graph has run, so no other graph may have a part of it.
+    """
+    left = _for_captures.get(device)
+    if left is None or len(left) < count:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    _for_captures[device] = left[count:]
+    return left[:count]

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from headrace.errors import ArgumentError
 from headrace.kernels.paged_tiles import Heads, PagedTile, paged_tile, slots_of, units_of
+from headrace.kernels.triton.arrivals import arrival_counters
 from headrace.kernels.triton.launch import num_multiprocessors
 from headrace.kernels.triton.variants import CHIPS, Variant
 
@@ -129,7 +130,7 @@ def launch_of(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> PagedLau
     workspace = {
         "partial_out": torch.empty(slots * tile.rows * dims.value_block, dtype=torch.float32, device=query.device),
         "partial_sums": torch.empty(slots * tile.rows * 2, dtype=torch.float32, device=query.device),
-        "counters": counters_of(query, workers),
+        "counters": arrival_counters(query, workers),
     }
     setup = setup_of(arrays, options, dims, tile, products=products, precision=precision)
     return PagedLaunch(tile, workers, slots, pointers(arrays) | workspace | sizes | strides(arrays) | {"setup": setup})
@@ -291,23 +292,6 @@ def strides(arrays: Mapping[str, Any]) -> dict[str, int]:
         "slopes_request": of("alibi_slopes", 0),
     }
     return {word: n for words, numbers in names.items() for word, n in zip(words.split(), numbers, strict=True)}
-
-
-_counters: dict[tuple[int, int], torch.Tensor] = {}
-
-
-def counters_of(tensor: torch.Tensor, count: int) -> torch.Tensor:
-    """Zeros, int32, that every launch leaves as zeros: of a stream its own, of a graph that is being captured new ones.
-
-    NOTE: two launches at once must not share them; those of one stream come one after the other.
-    """
-    if not tensor.is_cuda or torch.cuda.is_current_stream_capturing():
-        return torch.zeros(count, dtype=torch.int32, device=tensor.device)
-    index = tensor.device.index
-    place = (index, torch.cuda.current_stream(index).cuda_stream)
-    if place not in _counters or len(_counters[place]) < count:
-        _counters[place] = torch.zeros(count, dtype=torch.int32, device=tensor.device)
-    return _counters[place]
 
 
 # Compiling ahead of time
