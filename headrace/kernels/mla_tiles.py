@@ -128,9 +128,16 @@ def kind_of(query: str, key: str, precision: str) -> tuple[str, str]:
     """The kind of latents, and the type that products are computed in."""
     codes = key in ("float8_e4m3fn", "int8", "uint8")
     alike = query != "float32" and (codes or query == key)
-    if precision == "exact" or (precision == "auto" and not alike):
+    if precision == "exact" or key == "float32" or (precision == "auto" and not alike):
         return "wide", "float32"
     return "codes" if codes else "plain", query if alike else "bfloat16"
+
+
+def float32_products(device: str, precision: str) -> str:
+    """How products of float32 are computed on NVIDIA's GPUs ("cuda") and others."""
+    if device != "cuda":
+        return "ieee"
+    return "tf32" if precision == "fast" else "tf32x3"
 
 
 def nvidia_chip(arch: str) -> str:

@@ -118,8 +118,7 @@ def mla_plan(request: Request, gpu: Gpu) -> Plan:
     """Tiles, parts of the longest item, and what they take."""
     cut = _division(request, gpu.multiprocessors)
     invariant = bool(request.options["deterministic"])
-    products = _kind(request)[1]
-    exact = "tf32x3" if request.device == "cuda" else "fp32"
+    wide = mla_tiles.float32_products(request.device, request.options["precision"]).replace("ieee", "fp32")
     tile = f"tiles of {cut.tile.rows} rows x {cut.tile.keys} keys"
     side = f", {cut.members} of them over the same keys at once" if cut.members > 1 else ""
     return Plan(
@@ -128,7 +127,7 @@ def mla_plan(request: Request, gpu: Gpu) -> Plan:
         workspace_bytes=cut.workspace_bytes(_dims(request)[0]),
         batch_invariant=invariant,
         padding=_padding(request, cut),
-        arithmetic=_ARITHMETIC.get(products, exact),
+        arithmetic=_ARITHMETIC.get(_kind(request)[1], wide),
         notes=(tile + side,),
     )
 

@@ -49,6 +49,12 @@ def test_the_plan_tells_how_work_is_divided(batch, heads, splits):
     assert plan.workspace_bytes < 40 << 20
 
 
+def test_float32_is_exact_unless_it_may_be_fast():
+    for precision, arithmetic in (("auto", "tf32x3"), ("exact", "tf32x3"), ("fast", "tf32")):
+        asked = request(dtype="float32", precision=precision)
+        assert gpu_latent.mla_plan(asked, gpu_of("sm_90")).arithmetic == arithmetic
+
+
 def test_batch_invariant_parts_do_not_follow_from_the_batch():
     plans = [gpu_latent.mla_plan(request(batch, 16, 16384, deterministic=True), gpu_of("sm_90")) for batch in (1, 64)]
     assert [(plan.splits, plan.batch_invariant) for plan in plans] == [(4, True), (4, True)]
@@ -79,6 +85,7 @@ def test_every_chip_has_tiles_for_every_kind():
         ("float16", "bfloat16", "auto", ("wide", "float32")),
         ("float32", "float16", "fast", ("plain", "bfloat16")),
         ("float32", "uint8", "fast", ("codes", "bfloat16")),
+        ("float32", "float32", "fast", ("wide", "float32")),
     ],
 )
 def test_the_arithmetic_follows_from_types_and_precision(query, key, precision, expected):

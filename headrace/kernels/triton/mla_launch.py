@@ -152,7 +152,7 @@ def _setup(
         scaled=scaled,
         largest=_LARGEST[key.dtype] if scaled else 1.0,
         products=_TYPES[products],
-        precision="ieee" if chip.startswith("gfx") else "tf32x3",
+        precision=mla_tiles.float32_products("hip" if chip.startswith("gfx") else "cuda", options["precision"]),
         top_left=options["top_left"],
         capped=options["softcap"] > 0,
         alibi=arrays.get("alibi_slopes") is not None,
