@@ -13,7 +13,7 @@ OVERHEAD, SNAP, LEAST = 8, 4, 16
 # Of a part in the batch-invariant mode: a partial result of 64 rows is 3 % of the bytes of so many latents.
 INVARIANT_KEYS = 4096
 MOST_KEYS = 1 << 30  # of a request; in the kernel they are counted in 32 bits
-MOST_VALUES, MOST_REST = 512, 128  # numbers of a latent, and behind it
+MOST_WIDTH = 576  # of a row in a tile: the largest one fills the shared memory of a multiprocessor
 MOST_WORKSPACE_BYTES = 1 << 30  # only the batch-invariant mode with room for very many keys comes near
 # From so many items for each worker on they are not cut, unless a request may have more keys than these for each item:
 # one request of 128 k keys beside a prompt would keep a worker busy when all others are done.
@@ -78,6 +78,11 @@ class Division:
 
     def workspace_bytes(self, value_dim: int) -> int:
         return 4 * sum(self.partial_floats(value_dim)) + 8 * self.items
+
+
+def width_of(value_dim: int, rest: int) -> int:
+    """What a row takes in a tile, its values and what follows them each as a power of two."""
+    return block_of(value_dim) + (block_of(rest) if rest else 0)
 
 
 def merge_cost(rows: int) -> int:

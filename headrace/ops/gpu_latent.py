@@ -42,9 +42,9 @@ def why_not_mla(request: Request) -> list[Reason]:
 
 def _widths(request: Request) -> Reason | None:
     value_dim, rest = _dims(request)
-    if value_dim <= mla_tiles.MOST_VALUES and rest <= mla_tiles.MOST_REST:
+    if mla_tiles.width_of(value_dim, rest) <= mla_tiles.MOST_WIDTH:
         return None
-    most = f"up to {mla_tiles.MOST_VALUES} + {mla_tiles.MOST_REST}"
+    most = f"up to {mla_tiles.MOST_WIDTH}, each as a power of two"
     return Reason(
         "value_dim + rest of the latent",
         f"{value_dim} + {rest}",
