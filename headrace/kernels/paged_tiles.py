@@ -12,9 +12,22 @@ from dataclasses import dataclass
 from headrace.kernels.schedule import paired_slots
 
 TILE_BYTES = 32768  # of keys and values together
-# What one worker may take of a multiprocessor's shared memory, for as many workers as stand beside it.
-SHARED_OF_WORKER = {"sm_80": (81920, 2), "sm_90": (114688, 2), "sm_100": (114688, 2), "gfx942": (65536, 1)}
-WIDEST = {"sm_80": (163840, 1), "sm_90": (229376, 1), "sm_100": (229376, 1), "gfx942": (65536, 1)}
+# What one worker may take of a multiprocessor's shared memory, for as many workers as stand beside it. "sm_86" is every
+# NVIDIA chip of small memory, of consumers' cards too.
+SHARED_OF_WORKER = {
+    "sm_80": (81920, 2),
+    "sm_86": (49152, 2),
+    "sm_90": (114688, 2),
+    "sm_100": (114688, 2),
+    "gfx942": (65536, 1),
+}
+WIDEST = {
+    "sm_80": (163840, 1),
+    "sm_86": (98304, 1),
+    "sm_90": (229376, 1),
+    "sm_100": (229376, 1),
+    "gfx942": (65536, 1),
+}
 # Batch-invariant: rows of a tile and keys of a chunk, the same whatever else is in the batch.
 INVARIANT_ROWS, INVARIANT_KEYS = 32, 512
 LEAST_ROWS, MOST_ROWS = 16, 128
@@ -94,7 +107,8 @@ def paged_tile(
     query_bytes = rows * sum(heads.key_blocks) * (4 if heads.wide else 2)
     # A stage more than there are tiles in memory, beside the queries and what changes its layout through memory.
     beside_them = query_bytes + (20480 if heads.wide else 8192)
-    stages = min(max((shared - beside_them) // tile_bytes + 1, 2), 4)
+    staged = tile_bytes + (4 * rows * keys if masked else 0)
+    stages = min(max((shared - beside_them) // staged + 1, 2), 4)
     if chip == "gfx942" and heads.key_bits < 16:
         # NOTE: its compiler (Triton 3.6) fails on pipelined loads of scales.
         stages = 1

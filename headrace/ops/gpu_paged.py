@@ -16,7 +16,7 @@ from headrace.ops.select import Kernel, Plan, Reason, Request
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _MOST = 1 << 30  # of keys of a request, and of query rows: numbers of 32 bits on the device
-_CHIPS = {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100", "sm_110": "sm_100"}
+_CHIPS = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100", "sm_110": "sm_100"}
 
 
 @functools.cache
@@ -85,7 +85,7 @@ def _heads(request: Request, *, wide: bool) -> Heads:
 
 def chip_of(arch: str) -> str:
     """Whose tiles a generation takes."""
-    return "gfx942" if arch.startswith("gfx") else _CHIPS.get(arch or "sm_90", "sm_80")
+    return "gfx942" if arch.startswith("gfx") else _CHIPS.get(arch or "sm_90", "sm_86")
 
 
 # Append and merge

@@ -18,8 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
+from headrace.kernels.triton.attention_scores import rounded_to
 from headrace.kernels.triton.launch import on_device_of
-from headrace.kernels.triton.paged_parts import rounded
 from headrace.kernels.triton.variants import Variant
 
 _CODES = {torch.float8_e4m3fn: "float8", torch.int8: "int8", torch.uint8: "int4"}
@@ -207,7 +207,7 @@ def write(
         there = live[:, None] & (2 * pair < dim)[None, :]
         tl.store(pages[:, None] + pair[None, :], ((low & 15) | ((high & 15) << 4)).to(tl.uint8), mask=there)
     else:
-        tl.store(places, rounded(x, pages.dtype.element_ty), mask=inside)
+        tl.store(places, rounded_to(x, pages.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from headrace.kernels.triton.attention_scores import HIDDEN, LN_2, LOG2_E, rounded_to
 from headrace.kernels.triton.launch import on_device_of
-from headrace.kernels.triton.paged_parts import HIDDEN, LN_2, LOG2_E, rounded
 from headrace.kernels.triton.variants import Variant
 
 AT_ONCE = 4
@@ -113,7 +113,7 @@ def merge_kernel(
     places = out + token * out_token + head * out_head
     tl.store(
         places[:, None] + item[None, :],
-        rounded(result, out.dtype.element_ty),
+        rounded_to(result, out.dtype.element_ty),
         mask=live[:, None] & (item < dim)[None, :],
     )
     tl.store(lse + token * lse_token + head * lse_head, logarithm, mask=live)

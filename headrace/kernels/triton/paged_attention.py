@@ -19,12 +19,11 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from headrace.kernels.triton.attention_scores import HIDDEN, LOG2_E, rounded_to, tanh
 from headrace.kernels.triton.launch import dot, on_device_of
 from headrace.kernels.triton.paged_launch import launch_of, paged_variants
 from headrace.kernels.triton.paged_parts import (
-    HIDDEN,
     LEAST_SHIFT,
-    LOG2_E,
     MOST_SHIFT,
     arrived_last,
     joined,
@@ -34,10 +33,8 @@ from headrace.kernels.triton.paged_parts import (
     numbers,
     pages_at,
     queries_at,
-    rounded,
     rows_at,
     scales_at,
-    tanh,
     write_rows,
 )
 from headrace.kernels.triton.schedule import border, cut, extent_of, item_at, line_length, pieces, step_of
@@ -128,7 +125,7 @@ def over_keys(q, q_rest, tiles, where, key_scales, value_scales, mask, setup: tl
         total = total * share + tl.sum(weights, 1)
         if setup.value_scales:
             weights *= scales_v[None, :]
-        sums = dot(rounded(weights, q.dtype), numbers(v, q.dtype, setup), sums * share[:, None], precision)
+        sums = dot(rounded_to(weights, q.dtype), numbers(v, q.dtype, setup), sums * share[:, None], precision)
         top = larger
         page = next_page
     return top, total, sums

@@ -228,9 +228,8 @@ def chip_of(tensor: torch.Tensor) -> str:
         return "sm_90"
     if torch.version.hip:
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(tensor.device)
-    # Consumer cards of compute capability 12 have the shared memory of an sm_80 or less.
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80" if (major, minor) == (8, 0) else "sm_86")
 
 
 def bound(keys: int) -> int:

@@ -5,40 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.launch import INTERPRETED
+from headrace.kernels.triton.attention_scores import HIDDEN, LN_2, LOG2_E, rounded_to
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
-HIDDEN = tl.constexpr(float("-inf"))
 # In powers of two: how much a value's scale may count beside its score in the largest of a row.
 LEAST_SHIFT, MOST_SHIFT = tl.constexpr(-40.0), tl.constexpr(60.0)
-_INTERPRETED = tl.constexpr(INTERPRETED)
-
-
-@triton.jit
-def rounded(x, dtype: tl.constexpr):
-    """float32 as that type, to nearest even.
-
-    NOTE: the interpreter would cut bfloat16 off.
-    """
-    if _INTERPRETED and dtype == tl.bfloat16 and x.dtype == tl.float32:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits | 0x400000)
-        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return x.to(dtype)
-
-
-@triton.jit
-def tanh(x):
-    """A polynomial near 0, where the quotient of exponentials would cancel."""
-    square = x * x
-    near = -5.70498872745e-3 * square + 2.06390887954e-2
-    near = near * square - 5.37397155531e-2
-    near = near * square + 1.33314422036e-1
-    near = near * square - 3.33332819422e-1
-    far = 1.0 - 2.0 / (tl.exp2(tl.minimum(tl.abs(x), 15.0) * (2.0 * LOG2_E)) + 1.0)
-    far = tl.where(x < 0, -far, far)
-    return tl.where(tl.abs(x) < 0.625, x + x * square * near, tl.where(x == x, far, x))
 
 
 # Reading
@@ -69,10 +39,10 @@ def queries_at(places, live, setup: tl.constexpr):
     block: tl.constexpr = setup.block
     rest: tl.constexpr = setup.rest
     products: tl.constexpr = setup.products
-    q = rounded(rows_at(places, live, setup.head_dim, block, 0, evict), products)
+    q = rounded_to(rows_at(places, live, setup.head_dim, block, 0, evict), products)
     q_rest = q
     if rest > 0:
-        q_rest = rounded(rows_at(places, live, setup.head_dim, rest, block, evict), products)
+        q_rest = rounded_to(rows_at(places, live, setup.head_dim, rest, block, evict), products)
     return q, q_rest
 
 
@@ -89,18 +59,18 @@ def numbers(codes, dtype: tl.constexpr, setup: tl.constexpr):
     if setup.format == "int4":
         low = (((codes.to(tl.int32) & 15) ^ 8) - 8).to(tl.float32)
         high = (((codes.to(tl.int32) >> 4) ^ 8) - 8).to(tl.float32)
-        found = tl.interleave(rounded(low, dtype), rounded(high, dtype))
+        found = tl.interleave(rounded_to(low, dtype), rounded_to(high, dtype))
     elif setup.format == "float8_bits":
         # The exponent's bias is 8 less than float16's; what is no number is 0x7F of either sign.
         bits = codes.to(tl.int16)
         half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        found = rounded(tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0), dtype)
+        found = rounded_to(tl.where((bits & 0x7F) == 0x7F, float("nan"), half.to(tl.float32) * 256.0), dtype)
     elif setup.format == "float8":
         found = codes.to(tl.float8e4nv, bitcast=True).to(dtype)
     elif codes.dtype == dtype:
         found = codes
     else:
-        found = rounded(codes.to(tl.float32), dtype)
+        found = rounded_to(codes.to(tl.float32), dtype)
     return found
 
 
@@ -179,5 +149,5 @@ def write_rows(out, lse, sinks, token, head, live, top, total, sums, strides, se
     item = tl.arange(0, setup.values)
     inside = live[:, None] & (item < setup.value_dim)[None, :]
     places = out + token.to(tl.int64) * out_token + head.to(tl.int64) * out_head
-    tl.store(places[:, None] + item[None, :], rounded(result, out.dtype.element_ty), mask=inside)
+    tl.store(places[:, None] + item[None, :], rounded_to(result, out.dtype.element_ty), mask=inside)
     tl.store(lse + token.to(tl.int64) * lse_token + head.to(tl.int64) * lse_head, logarithm, mask=live)
