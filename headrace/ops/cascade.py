@@ -179,7 +179,7 @@ def _sharing(call: Call, limits: np.ndarray, machine: Machine) -> Sharing:
 def _compute_seconds(asked: Request, flops: int, machine: Machine) -> float:
     """What that much arithmetic takes the cheapest kernel that can run the request."""
     much, nothing = (replace(asked, traffic=Traffic(0, n, asked.traffic.unit)) for n in (flops, 0))
-    able = [kernel for kernel in kernels() if not kernel.why_not(asked)]
+    able = [kernel for kernel in kernels() if asked.device in kernel.devices and not kernel.why_not(asked)]
     return min((k.cost(much, machine) - k.cost(nothing, machine) for k in able), default=0.0)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from headrace.gpu_machine import Gpu
+from headrace.gpu_machine import USUAL_ARCH, Gpu, gpu_of
 from headrace.machine import Machine
 from headrace.ops.select import Kernel, Reason, Request, cheapest, checked_requirements, machine_of, reasons_against
 
@@ -122,8 +122,9 @@ def explain_request(
     unrefused = [kernel for kernel, against in reasons if not against]
     able = [_candidate(kernel, request, machine) for kernel in unrefused if request.device in kernel.devices]
     chosen = able.pop(cheapest([candidate.predicted_s for candidate in able])) if able else None
-    # In an interpreter, by name alone.
-    able += [_candidate(kernel, request, machine) for kernel in unrefused if request.device not in kernel.devices]
+    # In an interpreter, by name alone; as if on the usual GPU, for the CPU has no roofs of its arithmetic.
+    usual, others = gpu_of(USUAL_ARCH["cuda"]), [k for k in unrefused if request.device not in k.devices]
+    able += [_candidate(kernel, request, usual) for kernel in others]
     able.sort(key=lambda candidate: candidate.predicted_s)
     rejected = tuple(Rejection(kernel.name, reason) for kernel, against in reasons for reason in against)
     memory_s, compute_s = _least_seconds(request, machine)

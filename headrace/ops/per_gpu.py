@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from headrace.gpu_machine import LAUNCH_SECONDS, Gpu, gpu_of
+from headrace.gpu_machine import LAUNCH_SECONDS, USUAL_ARCH, Gpu, gpu_of
 from headrace.machine import KernelSpeed, Machine
 from headrace.ops.late import late
 from headrace.ops.per_isa import DEVICE
@@ -68,7 +68,7 @@ def gpu_kernel(
 
 def _as_gpu(machine: Machine | Gpu) -> Gpu:
     """In the interpreter the GPU is the one that stands for the usual generation."""
-    return machine if isinstance(machine, Gpu) else gpu_of("sm_90")
+    return machine if isinstance(machine, Gpu) else gpu_of(USUAL_ARCH["cuda"])
 
 
 def _predicted_seconds(request: Request, gpu: Gpu, name: str, default: KernelSpeed, *, plan: Plan) -> float:
