@@ -21,20 +21,11 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from headrace.kernels.triton.attention_scores import HIDDEN, LOG2_E, rounded_to, tanh
 from headrace.kernels.triton.launch import dot, on_device_of
 from headrace.kernels.triton.mla_launch import launch_of, mla_variants
 from headrace.kernels.triton.mla_merge import mla_merge_kernel
-from headrace.kernels.triton.paged_parts import (
-    HIDDEN,
-    LOG2_E,
-    keep,
-    numbers,
-    pages_at,
-    rounded,
-    rows_at,
-    tanh,
-    write_rows,
-)
+from headrace.kernels.triton.paged_parts import keep, numbers, pages_at, rows_at, write_rows
 from headrace.kernels.triton.schedule import border, cut, extent_of, item_at, line_length, pieces, step_of
 from headrace.kernels.triton.variants import Variant
 
@@ -126,10 +117,10 @@ def attend(extent, member, first_unit, end_unit, place, arrays, strides, scalars
     queries = query_rows
     rest_queries = query_rows
     if setup.columns == 0:
-        queries = rounded(rows_at(query_rows, live, setup.value_dim, setup.values, 0, ""), setup.products)
+        queries = rounded_to(rows_at(query_rows, live, setup.value_dim, setup.values, 0, ""), setup.products)
     if setup.rest:
         rest_queries = rows_at(query_rows, live, setup.head_dim, setup.rest, setup.value_dim, "")
-        rest_queries = rounded(rest_queries, setup.products)
+        rest_queries = rounded_to(rest_queries, setup.products)
     slope = tl.full([setup.rows], 0.0, tl.float32)
     if setup.alibi:
         slope = tl.load(slopes + request * mask_strides[2] + head) * LOG2_E
@@ -185,7 +176,7 @@ def attend(extent, member, first_unit, end_unit, place, arrays, strides, scalars
             # In units of the largest code: weights of float16 then keep the digits that values have.
             weights *= tl.expand_dims(key_scales * setup.largest, 1 - axis)
         sums *= tl.expand_dims(shrunk, axis)
-        sums = plus_values(sums, rounded(weights, setup.products), latent, setup)
+        sums = plus_values(sums, rounded_to(weights, setup.products), latent, setup)
         top = larger
         pages = pages_at(table, first_key + setup.keys, max_pages, num_pages, setup)
 

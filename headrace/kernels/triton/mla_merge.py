@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.paged_parts import HIDDEN, write_rows
+from headrace.kernels.triton.attention_scores import HIDDEN
+from headrace.kernels.triton.paged_parts import write_rows
 from headrace.kernels.triton.schedule import extent_of
 
 MERGED_ROWS = 4
