@@ -37,7 +37,7 @@ TILES: Mapping[tuple[str, str], tuple[Tile, ...]] = {
     ("sm_90", "codes"): (Tile(16, 32, 4, 3), Tile(64, 32, 8, 2)),
     ("sm_90", "wide"): (Tile(16, 16, 8, 2),),
     ("sm_80", "plain"): (Tile(16, 32, 4, 3),),
-    ("sm_80", "codes"): (Tile(16, 32, 4, 3),),
+    ("sm_80", "codes"): (Tile(16, 32, 8, 3),),
     ("sm_80", "wide"): (Tile(16, 16, 8, 1),),
     ("gfx942", "plain"): (Tile(16, 32, 4, 1), Tile(32, 16, 4, 1)),
     ("gfx942", "codes"): (Tile(16, 32, 4, 1),),
