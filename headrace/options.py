@@ -97,6 +97,8 @@ HELP = {
     "window_left": "Attention: keys seen before a query's own; -1: all.",
     "precision": "auto, exact or fast.",
     "deterministic": "Attention: bits that depend on neither neighbours, chunking nor threads.",
+    "device": "Where the arrays are: cpu, cuda or hip; a GPU need not be here.",
+    "arch": "Of a GPU, its generation: sm_80, sm_90, gfx942; by default that of this machine's, or the usual one.",
     "require": "A property the kernel must have; may be given several times.",
 }
 

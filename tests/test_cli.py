@@ -82,10 +82,17 @@ def headrace(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 def start(*arguments: str | bytes, **options: Any) -> subprocess.Popen[bytes]:
-    """The command line as a process of its own, with the stand-in for the model."""
+    """The command line as a process of its own, with the stand-in for the model.
+
+    It hears Ctrl-C, which who is started in the background inherits as ignored.
+    """
     command = [sys.executable, "-c", AS_FAKE, str(Path(__file__).parent), *arguments]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen(command, **pipes)
+    heard = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, **pipes)
+    finally:
+        signal.signal(signal.SIGINT, heard)
 
 
 def assert_mistake(ended: Ended, *texts: str) -> None:

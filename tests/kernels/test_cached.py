@@ -6,6 +6,7 @@ import pytest
 
 from headrace.errors import ArgumentError
 from headrace.kernels import cpu
+from headrace.kernels.arrays import empty_like, numpy_dtype
 from headrace.kernels.cpu import _native as native
 from headrace.kernels.cpu import arrays
 
@@ -127,9 +128,9 @@ def test_float8_and_bool_cross_the_border():
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float64", "int8", "uint8"])
 def test_new_arrays_have_the_type_asked_for(dtype):
     torch = pytest.importorskip("torch")
-    assert arrays.empty_like(np.zeros(1), (2, 3), dtype).dtype == arrays.numpy_dtype(dtype)
-    assert arrays.empty_like(torch.zeros(1), (2, 3), dtype).dtype == getattr(torch, dtype)
+    assert empty_like(np.zeros(1), (2, 3), dtype).dtype == numpy_dtype(dtype)
+    assert empty_like(torch.zeros(1), (2, 3), dtype).dtype == getattr(torch, dtype)
     fixed = arrays.zeros((2, 3), dtype)
     assert fixed.dtype == dtype
-    assert fixed.numpy().dtype == arrays.numpy_dtype(dtype)
+    assert fixed.numpy().dtype == numpy_dtype(dtype)
     assert not fixed.numpy().astype(np.float32).any()
