@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.triton.attention_scores import rounded_to
-from headrace.kernels.triton.launch import on_device_of
+from headrace.kernels.triton.launch import on_device_of, strides_of
 from headrace.kernels.triton.variants import Variant
 
 _CODES = {torch.float8_e4m3fn: "float8", torch.int8: "int8", torch.uint8: "int4"}
@@ -400,10 +400,7 @@ def _strides(given: Mapping[str, Any]) -> dict[str, int]:
     """In elements; 0 along dimensions of one, and of what is not there."""
 
     def of(name: str, *dimensions: int) -> list[int]:
-        array = given.get(name)
-        if array is None:
-            return [0] * len(dimensions)
-        return [0 if array.shape[d] == 1 else array.stride(d) for d in dimensions]
+        return strides_of(given.get(name), *dimensions)
 
     names: dict[str, list[int]] = {
         "query_token query_head": of("query", 0, 1),

@@ -81,3 +81,10 @@ def on_device_of(tensor: torch.Tensor) -> Any:
 def num_multiprocessors(tensor: torch.Tensor) -> int:
     """Of the tensor's GPU; in the interpreter a few, so that work is divided there as well."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 6
+
+
+def strides_of(array: torch.Tensor | None, *dimensions: int) -> list[int]:
+    """In elements; 0 along dimensions of one, which stand for all, and of what is not there."""
+    if array is None:
+        return [0] * len(dimensions)
+    return [0 if array.shape[d] == 1 else array.stride(d) for d in dimensions]

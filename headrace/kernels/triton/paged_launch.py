@@ -12,7 +12,7 @@ import triton.language as tl
 from headrace.errors import ArgumentError
 from headrace.kernels.paged_tiles import Heads, PagedTile, paged_tile, slots_of, units_of
 from headrace.kernels.triton.arrivals import arrival_counters
-from headrace.kernels.triton.launch import num_multiprocessors
+from headrace.kernels.triton.launch import num_multiprocessors, strides_of
 from headrace.kernels.triton.variants import CHIPS, Variant
 
 _PRODUCTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -273,10 +273,7 @@ def strides(arrays: Mapping[str, Any]) -> dict[str, int]:
     """Of all arrays, in elements; 0 along dimensions of one that stand for all."""
 
     def of(name: str, *dimensions: int) -> list[int]:
-        array = arrays.get(name)
-        if array is None:
-            return [0] * len(dimensions)
-        return [0 if array.shape[d] == 1 else array.stride(d) for d in dimensions]
+        return strides_of(arrays.get(name), *dimensions)
 
     names: dict[str, list[int]] = {
         "query_token query_head": of("query", 0, 1),
