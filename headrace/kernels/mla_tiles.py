@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from headrace.kernels.chips import LITTLE_MEMORY
+
 # The schedule's (schedule.py), in what 16 keys take: a segment begins with the time of 128, and has 256 at least.
 OVERHEAD, SNAP, LEAST = 8, 4, 16
 # Of a part in the batch-invariant mode: a partial result of 64 rows is 3 % of the bytes of so many latents.
@@ -44,7 +46,7 @@ TILES: Mapping[tuple[str, str], tuple[Tile, ...]] = {
     ("gfx942", "wide"): (Tile(16, 16, 8, 1),),
 }
 # NOTE: of tcgen05, which has its sums in memory of its own, the compiler makes a tile of 64 x 512 that does not fit.
-_ALIKE = {"sm_100": "sm_80"}
+_ALIKE = {"sm_100": "sm_80", LITTLE_MEMORY: "sm_80"}
 WIDE_COLUMNS = 64
 
 
@@ -143,8 +145,3 @@ def float32_products(device: str, precision: str) -> str:
     if device != "cuda":
         return "ieee"
     return "tf32" if precision == "fast" else "tf32x3"
-
-
-def nvidia_chip(arch: str) -> str:
-    """Whose tiles a generation uses: its own, or those that need the least shared memory."""
-    return {"9": "sm_90", "10": "sm_100"}.get(arch.removeprefix("sm_")[:-1], "sm_80")

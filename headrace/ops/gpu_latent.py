@@ -11,6 +11,7 @@ import math
 
 from headrace.gpu_machine import LAUNCH_SECONDS, Gpu
 from headrace.kernels import mla_tiles
+from headrace.kernels.chips import chip_like
 from headrace.kernels.mla_tiles import Division
 from headrace.machine import KernelSpeed
 from headrace.ops.per_gpu import gpu_kernel
@@ -109,9 +110,7 @@ def _division(request: Request, multiprocessors: int) -> Division:
 
 def _chip(request: Request) -> str:
     """Whose tiles are used; in the interpreter those of the usual GPU."""
-    if request.device == "hip":
-        return "gfx942"
-    return mla_tiles.nvidia_chip(request.arch or "sm_90")
+    return "gfx942" if request.device == "hip" else chip_like(request.arch)
 
 
 def mla_plan(request: Request, gpu: Gpu) -> Plan:

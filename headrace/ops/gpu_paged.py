@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 from headrace.gpu_machine import Gpu
+from headrace.kernels.chips import chip_like
 from headrace.kernels.paged_tiles import Heads, paged_tile, slots_of, units_of, workspace_bytes
 from headrace.machine import KernelSpeed
 from headrace.ops.kv_formats import FORMAT_OF_DTYPE
@@ -16,7 +17,6 @@ from headrace.ops.select import Kernel, Plan, Reason, Request
 
 _FLOATS = ("float32", "float16", "bfloat16")
 _MOST = 1 << 30  # of keys of a request, and of query rows: numbers of 32 bits on the device
-_CHIPS = {"sm_80": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100", "sm_110": "sm_100"}
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def plan(request: Request, gpu: Gpu) -> Plan:
     invariant = bool(request.options["deterministic"])
     arithmetic = _arithmetic(request)
     heads = _heads(request, wide=arithmetic not in ("bf16", "fp16"))
-    masked, chip = "mask" in request.shapes, chip_of(request.arch)
+    masked, chip = "mask" in request.shapes, chip_like(request.arch)
     tile = paged_tile(heads, query[0], table[0], invariant=invariant, chip=chip, masked=masked)
     workers, most_keys = gpu.multiprocessors * tile.per_multiprocessor, table[1] * key[1]
     num_items = (query[0] * heads.group // tile.rows + table[0]) * key[2]
@@ -81,11 +81,6 @@ def _heads(request: Request, *, wide: bool) -> Heads:
     bits = FORMAT_OF_DTYPE[request.dtypes["key"]].bits
     packed = 2 if request.dtypes["key"] == "uint8" else 1
     return Heads(query[1] // key[2], query[2], value[3] * packed, bits, wide=wide)
-
-
-def chip_of(arch: str) -> str:
-    """Whose tiles a generation takes."""
-    return "gfx942" if arch.startswith("gfx") else _CHIPS.get(arch or "sm_90", "sm_86")
 
 
 # Append and merge

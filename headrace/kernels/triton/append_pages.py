@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.triton.attention_scores import rounded_to
-from headrace.kernels.triton.launch import on_device_of, strides_of
+from headrace.kernels.triton.launch import named_strides, on_device_of
 from headrace.kernels.triton.variants import Variant
 
 _CODES = {torch.float8_e4m3fn: "float8", torch.int8: "int8", torch.uint8: "int4"}
@@ -399,22 +399,19 @@ def _pointers(given: Mapping[str, Any]) -> dict[str, Any]:
 def _strides(given: Mapping[str, Any]) -> dict[str, int]:
     """In elements; 0 along dimensions of one, and of what is not there."""
 
-    def of(name: str, *dimensions: int) -> list[int]:
-        return strides_of(given.get(name), *dimensions)
-
-    names: dict[str, list[int]] = {
-        "query_token query_head": of("query", 0, 1),
-        "out_token out_head": of("out", 0, 1),
-        "key_token key_head": of("key", 0, 1),
-        "prefix_token": of("latent", 0),
-        "value_token value_head": of("value", 0, 1),
-        "key_page key_row key_page_head": of("key_pages", 0, 1, 2),
-        "value_page value_row value_page_head": of("value_pages", 0, 1, 2),
-        "key_scale_page key_scale_row key_scale_head": of("key_scales", 0, 1, 2),
-        "value_scale_page value_scale_row value_scale_head": of("value_scales", 0, 1, 2),
-        "table_token": of("table", 0),
+    names = {
+        "query_token query_head": "query",
+        "out_token out_head": "out",
+        "key_token key_head": "key",
+        "prefix_token": "latent",
+        "value_token value_head": "value",
+        "key_page key_row key_page_head": "key_pages",
+        "value_page value_row value_page_head": "value_pages",
+        "key_scale_page key_scale_row key_scale_head": "key_scales",
+        "value_scale_page value_scale_row value_scale_head": "value_scales",
+        "table_token": "table",
     }
-    return {word: n for words, numbers in names.items() for word, n in zip(words.split(), numbers, strict=True)}
+    return named_strides(given, names)
 
 
 def variants() -> list[Variant]:

@@ -7,14 +7,15 @@ tile take rows x value_dim floats of registers, its scores rows x keys, and each
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from headrace.kernels.chips import LITTLE_MEMORY
+from headrace.kernels.triton import launch
+
 INTERPRETER = "interpreter"
-LITTLE_MEMORY = "sm_86"  # and what is like it: 99 KB of shared memory a block, mma.sync
 CONVERTS_FLOAT8 = ("sm_90", "sm_100")  # float8_e4m3fn, in hardware
 MOST_KEYS_WITH_EXTRAS = 64
 FEW_ROWS = 16  # up to so many rows of a KV head are one tile of 16
@@ -114,17 +115,5 @@ def tile_of(table: Any, chip: str, bits: int, width: int, *, few: bool = False, 
 
 
 def chip_of(tensor: torch.Tensor) -> str:
-    """Whose table a tensor's device goes by: its own, or that of the generation before it."""
-    if not tensor.is_cuda:
-        return INTERPRETER
-    return _chip(tensor.device.index if tensor.device.index is not None else torch.cuda.current_device())
-
-
-@functools.cache
-def _chip(index: int) -> str:
-    if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(index)
-    if major in (9, 10, 11):
-        return "sm_90" if major == 9 else "sm_100"
-    return "sm_80" if (major, minor) == (8, 0) else LITTLE_MEMORY
+    """Whose table a tensor's device goes by."""
+    return launch.chip_of(tensor, INTERPRETER)

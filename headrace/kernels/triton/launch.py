@@ -8,7 +8,7 @@ tested where there is no GPU.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
+
+from headrace.gpu_machine import arch_of_gpu
+from headrace.kernels.chips import chip_like
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -78,6 +81,11 @@ def on_device_of(tensor: torch.Tensor) -> Any:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def chip_of(tensor: torch.Tensor, interpreted: str = "sm_90") -> str:
+    """The chip whose tiles the tensor's device takes (chips.py); `interpreted` in the interpreter."""
+    return chip_like(arch_of_gpu(tensor.get_device())) if tensor.is_cuda else interpreted
+
+
 def num_multiprocessors(tensor: torch.Tensor) -> int:
     """Of the tensor's GPU; in the interpreter a few, so that work is divided there as well."""
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 6
@@ -88,3 +96,12 @@ def strides_of(array: torch.Tensor | None, *dimensions: int) -> list[int]:
     if array is None:
         return [0] * len(dimensions)
     return [0 if array.shape[d] == 1 else array.stride(d) for d in dimensions]
+
+
+def named_strides(arrays: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:
+    """A launch's strides by the words of the kernel: {"key_page key_row": "key"} are the first two of "key"."""
+    found: dict[str, int] = {}
+    for words, name in names.items():
+        split = words.split()
+        found |= zip(split, strides_of(arrays.get(name), *range(len(split))), strict=True)
+    return found

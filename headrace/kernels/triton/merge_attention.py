@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from headrace.kernels.triton.attention_scores import HIDDEN, LN_2, LOG2_E, rounded_to
-from headrace.kernels.triton.launch import on_device_of
+from headrace.kernels.triton.launch import named_strides, on_device_of
 from headrace.kernels.triton.variants import Variant
 
 AT_ONCE = 4
@@ -165,8 +165,7 @@ def _launch(
 
 
 def _strides(name: str, array: torch.Tensor | None) -> dict[str, int]:
-    numbers = (0, 0) if array is None else (array.stride(0), array.stride(1))
-    return {f"{name}_token": numbers[0], f"{name}_head": numbers[1]}
+    return named_strides({name: array}, {f"{name}_token {name}_head": name})
 
 
 def variants() -> list[Variant]:

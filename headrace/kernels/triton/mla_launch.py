@@ -11,7 +11,7 @@ import triton.language as tl
 
 from headrace.kernels import mla_tiles
 from headrace.kernels.mla_tiles import Division, block_of
-from headrace.kernels.triton.launch import num_multiprocessors
+from headrace.kernels.triton.launch import chip_of, named_strides, num_multiprocessors
 from headrace.kernels.triton.mla_merge import MERGED_ROWS
 from headrace.kernels.triton.schedule import ScheduleSetup
 from headrace.kernels.triton.variants import CHIPS, Variant
@@ -71,16 +71,6 @@ class Launch:
     @property
     def merge_grid(self) -> tuple[int, int]:
         return self.division.items * self.division.members, -(-self.division.tile.rows // MERGED_ROWS)
-
-
-def chip_of(tensor: torch.Tensor) -> str:
-    """The chip whose tiles are used; in the interpreter the usual one."""
-    if not tensor.is_cuda:
-        return "sm_90"
-    if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return mla_tiles.nvidia_chip(f"sm_{major}{minor}")
 
 
 def launch_of(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> Launch | None:
@@ -216,19 +206,18 @@ def _sizes(arrays: Mapping[str, Any], options: Mapping[str, Any], cut: Division)
 
 
 def _strides(arrays: Mapping[str, Any]) -> dict[str, int]:
-    found = {"page_stride": arrays["key"].stride(0), "table_stride": arrays["page_table"].stride(0)}
-    for name in ("query", "out", "lse"):
-        found |= {f"{name}_token": arrays[name].stride(0), f"{name}_head": arrays[name].stride(1)}
-    found["scale_page"], found["scale_row"] = _steps(arrays.get("key_scales"))[:2]
-    found["mask_head"], found["mask_token"] = _steps(arrays.get("mask"))[:2]
-    return {**found, "slope_request": _steps(arrays.get("alibi_slopes"))[0]}
-
-
-def _steps(tensor: torch.Tensor | None) -> list[int]:
-    """Strides; 0 of dimensions of 1, which hold for all."""
-    if tensor is None:
-        return [0, 0]
-    return [0 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    """In elements; 0 along dimensions of one that stand for all."""
+    names = {
+        "page_stride": "key",
+        "table_stride": "page_table",
+        "query_token query_head": "query",
+        "out_token out_head": "out",
+        "lse_token lse_head": "lse",
+        "scale_page scale_row": "key_scales",
+        "mask_head mask_token": "mask",
+        "slope_request": "alibi_slopes",
+    }
+    return named_strides(arrays, names)
 
 
 def _scoring(options: Mapping[str, Any]) -> dict[str, float]:

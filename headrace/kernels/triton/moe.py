@@ -27,7 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.triton.launch import INTERPRETED, dot, on_device_of
+from headrace.kernels.chips import LITTLE_MEMORY
+from headrace.kernels.triton.launch import INTERPRETED, chip_of, dot, on_device_of
 from headrace.kernels.triton.moe_routing import group_pairs
 from headrace.kernels.triton.rows import packed
 from headrace.kernels.triton.variants import Variant
@@ -323,7 +324,7 @@ def _run_grouped(arrays: Mapping[str, torch.Tensor], options: Mapping[str, Any])
     pairs, residual, out = tokens * top_k, arrays.get("residual"), arrays["out"]
     rows = tile_rows(pairs, num_experts, options["deterministic"])
     rows = min(rows, CODED_ROWS) if "gate_scales" in arrays else rows
-    chip = _chip_of(x)
+    chip = _table_of(x)
     gated, down_one = GATED[chip][x.element_size(), rows], DOWN[chip][x.element_size(), rows]
     order, tiles = group_pairs(experts, num_experts, gated.rows)
     hidden = torch.empty((pairs, ffn_dim), dtype=x.dtype, device=x.device)
@@ -359,11 +360,9 @@ def _launch(tile: Tile) -> dict[str, int]:
     return shape | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
 
 
-def _chip_of(x: torch.Tensor) -> str:
+def _table_of(x: torch.Tensor) -> str:
     """Which tiles its GPU has."""
-    if torch.version.hip:
-        return "amd"
-    return "small" if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] < 9 else "sm_90"
+    return {"sm_80": "small", LITTLE_MEMORY: "small", "gfx942": "amd"}.get(chip_of(x), "sm_90")
 
 
 def _precision(x: torch.Tensor, precision: str) -> str:

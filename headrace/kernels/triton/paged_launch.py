@@ -12,7 +12,7 @@ import triton.language as tl
 from headrace.errors import ArgumentError
 from headrace.kernels.paged_tiles import Heads, PagedTile, paged_tile, slots_of, units_of
 from headrace.kernels.triton.arrivals import arrival_counters
-from headrace.kernels.triton.launch import num_multiprocessors, strides_of
+from headrace.kernels.triton.launch import chip_of, named_strides, num_multiprocessors
 from headrace.kernels.triton.variants import CHIPS, Variant
 
 _PRODUCTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -222,16 +222,6 @@ def native_float8(tensor: torch.Tensor) -> bool:
     return torch.cuda.get_device_capability(tensor.device) >= (8, 9)
 
 
-def chip_of(tensor: torch.Tensor) -> str:
-    """Whose tiles a device takes; the interpreter those of Hopper."""
-    if not tensor.is_cuda:
-        return "sm_90"
-    if torch.version.hip:
-        return "gfx942"
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80" if (major, minor) == (8, 0) else "sm_86")
-
-
 def bound(keys: int) -> int:
     """A side of the window in 32 bits; -1 is none."""
     return _UNBOUNDED if keys < 0 else min(int(keys), _FARTHEST)
@@ -272,22 +262,19 @@ def repacked(arrays: Mapping[str, Any]) -> dict[str, Any]:
 def strides(arrays: Mapping[str, Any]) -> dict[str, int]:
     """Of all arrays, in elements; 0 along dimensions of one that stand for all."""
 
-    def of(name: str, *dimensions: int) -> list[int]:
-        return strides_of(arrays.get(name), *dimensions)
-
-    names: dict[str, list[int]] = {
-        "query_token query_head": of("query", 0, 1),
-        "out_token out_head": of("out", 0, 1),
-        "lse_token lse_head": of("lse", 0, 1),
-        "key_page key_row key_head": of("key", 0, 1, 2),
-        "value_page value_row value_head": of("value", 0, 1, 2),
-        "table_row": of("page_table", 0),
-        "key_scale_page key_scale_row key_scale_head": of("key_scales", 0, 1, 2),
-        "value_scale_page value_scale_row value_scale_head": of("value_scales", 0, 1, 2),
-        "mask_head mask_token": of("mask", 0, 1),
-        "slopes_request": of("alibi_slopes", 0),
+    names = {
+        "query_token query_head": "query",
+        "out_token out_head": "out",
+        "lse_token lse_head": "lse",
+        "key_page key_row key_head": "key",
+        "value_page value_row value_head": "value",
+        "table_row": "page_table",
+        "key_scale_page key_scale_row key_scale_head": "key_scales",
+        "value_scale_page value_scale_row value_scale_head": "value_scales",
+        "mask_head mask_token": "mask",
+        "slopes_request": "alibi_slopes",
     }
-    return {word: n for words, numbers in names.items() for word, n in zip(words.split(), numbers, strict=True)}
+    return named_strides(arrays, names)
 
 
 # Compiling ahead of time
