@@ -28,6 +28,7 @@ from headrace.kernels.arrays import check_same_device, dtype_name, empty_like, n
 from headrace.ops import gpu_moe
 from headrace.ops.per_numpy import numpy_kernel
 from headrace.ops.select import Kernel, Request, Traffic, choose, placed
+from headrace.ops.tracked import needs_torch
 
 DTYPES = ("float32", "float16", "bfloat16")
 CODES = ("int8", "float8_e4m3fn")
@@ -77,8 +78,19 @@ def route(
     num_groups: equal parts of the experts, of which the best top_groups are chosen from. Raises ArgumentError for what
     does not fit.
     """
+    options: dict[str, Any] = {"scores": scores, "normalize": bool(normalize), "scale": float(scale)}
+    options |= {"num_groups": num_groups, "top_groups": top_groups}
+    if needs_torch(logits, bias):
+        from headrace.ops import torch_moe
+
+        return torch_moe.route(logits, bias, top_k=top_k, **options, kernel=kernel)
+    return routed(logits, bias=bias, top_k=top_k, **options, kernel=kernel)
+
+
+def routed(logits: Any, *, bias: Any, top_k: int, top_groups: int | None, kernel: str | None, **given: Any) -> Routing:
+    """`route` by a kernel, without torch's operator."""
     shape = shape_of(logits, "logits")
-    options = RoutingOptions(top_k, scores, bool(normalize), float(scale), num_groups, top_groups or num_groups)
+    options = RoutingOptions(top_k, **given, top_groups=top_groups or given["num_groups"])
     _check_routing(shape, dtype_name(logits), None if bias is None else shape_of(bias, "bias"), options)
     check_same_device({"logits": logits} | ({} if bias is None else {"bias": bias}))
     chosen = choose(routing_kernels(), placed(routing_request(shape, dtype_name(logits)), logits), kernel)
@@ -118,18 +130,36 @@ def mixture_of_experts(
     ArgumentError for what does not fit, KernelError where no kernel, or not the one asked for, has what is required.
     """
     arrays = {"x": x, "gate": gate, "up": up, "down": down, "experts": routing.experts, "weights": routing.weights}
-    more = {"gate_scales": gate_scales, "up_scales": up_scales, "down_scales": down_scales}
-    more |= {"residual": residual, "out": out}
+    more = {"gate_scales": gate_scales, "up_scales": up_scales, "down_scales": down_scales, "residual": residual}
     arrays |= {name: array for name, array in more.items() if array is not None}
+    options: dict[str, Any] = {"activation": activation, "precision": precision, "deterministic": bool(deterministic)}
+    options |= {"out_dtype": out_dtype, "kernel": kernel, "require": require}
+    if needs_torch(*arrays.values()):
+        from headrace.ops import torch_moe
+
+        return torch_moe.mixture_of_experts(arrays, out=out, **options)
+    return mixed(arrays, out=out, **options)
+
+
+def mixed(
+    given: Mapping[str, Any],
+    *,
+    out: Any = None,
+    out_dtype: str | None,
+    kernel: str | None,
+    require: Sequence[str],
+    **options: Any,
+) -> Any:
+    """`mixture_of_experts` by a kernel, without torch's operator; `given`: the arrays there are."""
+    arrays = dict(given) | ({} if out is None else {"out": out})
     shapes = {name: shape_of(array, name) for name, array in arrays.items()}
     dtypes = {name: dtype_name(array) for name, array in arrays.items()}
     dtypes["out"] = dtypes.get("out") or out_dtype or dtypes["x"]
-    options = {"activation": activation, "precision": precision, "deterministic": bool(deterministic)}
     check_same_device(arrays)
-    asked = placed(request(shapes, dtypes, options), x)
+    asked = placed(request(shapes, dtypes, options), arrays["x"])
     chosen = choose(kernels(), asked, kernel, require)
     if out is None:
-        arrays["out"] = empty_like(x, shapes["x"], dtypes["out"])
+        arrays["out"] = empty_like(arrays["x"], shapes["x"], dtypes["out"])
     chosen.run(arrays, options)
     return arrays["out"]
 
