@@ -25,7 +25,8 @@ def run(*arguments):
 
 @pytest.mark.slow
 def test_every_file_is_collected_without_native_code():
-    done = run("-m", "gpu", "--collect-only", str(FOLDER))
+    """By the command of docs/gpu.md: files that import native code are no obstacle to the others."""
+    done = run("-m", "gpu", "--collect-only", "-q", str(FOLDER), str(FOLDER.with_name("kernels")))
     assert done.returncode == 0, done.stdout + done.stderr
     for path in FOLDER.glob("test_gpu_*.py"):
         assert f"{path.name}: " in done.stdout or f"{path.name}::" in done.stdout
