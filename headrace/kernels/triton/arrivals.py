@@ -9,8 +9,11 @@ from __future__ import annotations
 import torch
 
 _POOL = 1 << 16
+_RESERVE = 16 * _POOL  # that a capture finds: a layer takes some thousands, a graph of a whole model may take all
 _by_stream: dict[tuple[torch.device, int], torch.Tensor] = {}
-_for_captures: dict[torch.device, torch.Tensor] = {}  # what is left of a reserve
+_for_captures: dict[torch.device, torch.Tensor] = {}  # what is left of the newest reserve
+# NOTE: a graph knows addresses alone; what it may be replayed on is never given back.
+_reserves: list[torch.Tensor] = []
 
 
 def arrival_counters(like: torch.Tensor, count: int) -> torch.Tensor:
@@ -20,8 +23,9 @@ def arrival_counters(like: torch.Tensor, count: int) -> torch.Tensor:
         return _kept(device, 0, count)
     if torch.cuda.is_current_stream_capturing():
         return _of_capture(device, count)
-    if device not in _for_captures:
-        _for_captures[device] = torch.zeros(16 * _POOL, dtype=torch.int32, device=device)
+    if device not in _for_captures or len(_for_captures[device]) < _RESERVE // 2:
+        _for_captures[device] = torch.zeros(_RESERVE, dtype=torch.int32, device=device)
+        _reserves.append(_for_captures[device])
     return _kept(device, torch.cuda.current_stream(device).cuda_stream, count)
 
 
@@ -33,7 +37,8 @@ def _kept(device: torch.device, stream: int, count: int) -> torch.Tensor:
 
 
 def _of_capture(device: torch.device, count: int) -> torch.Tensor:
-    """Some of what was set aside before; where that is too little, zeros that their graph makes at each replay.
+    """Some of what was set aside before, and is again between captures; where that is too little, zeros that their
+    graph makes at each replay, which takes time.
 
     NOTE: what is made while capturing is zero only once its own graph has run, so no other graph may have a part of it.
     """

@@ -17,6 +17,7 @@ def stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now)
     monkeypatch.setattr(arrivals, "_by_stream", {})
     monkeypatch.setattr(arrivals, "_for_captures", {})
+    monkeypatch.setattr(arrivals, "_reserves", [])
     return now
 
 
@@ -47,6 +48,18 @@ def test_captured_launches_have_counters_of_their_own_made_before(stream):
     taken = [places(counters, 50) for counters in (eager, *captured)]
     assert sum(map(len, taken)) == len(set.union(*taken))
     assert not any(counters.any() for counters in captured)
+
+
+def test_what_captures_took_is_set_aside_again_and_stays_theirs(stream):
+    arrival_counters(TENSOR, 1)
+    stream.capturing = True
+    taken = arrival_counters(TENSOR, 15 << 16)
+    stream.capturing = False
+    arrival_counters(TENSOR, 1)
+    stream.capturing = True
+    storages = {reserve.untyped_storage().data_ptr() for reserve in arrivals._reserves}
+    again = arrival_counters(TENSOR, 15 << 16)
+    assert {each.untyped_storage().data_ptr() for each in (taken, again)} == storages and len(storages) == 2
 
 
 def test_without_a_reserve_each_capture_makes_its_zeros(stream):
