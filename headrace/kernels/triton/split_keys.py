@@ -8,7 +8,6 @@ Source and error bound: paged_attention.py's. Not measured yet.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +16,10 @@ from torch import Tensor
 
 from headrace.kernels.dense_pages import as_pages, page_len_of, pages_apart
 from headrace.kernels.triton import paged_attention
+
+_MOST_KEPT = 64
+_kept: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
+_of_graphs: dict[tuple[Any, ...], tuple[Tensor, Tensor, Tensor]] = {}
 
 
 def run(arrays: Mapping[str, Tensor], options: Mapping[str, Any]) -> None:
@@ -43,9 +46,18 @@ def run(arrays: Mapping[str, Tensor], options: Mapping[str, Any]) -> None:
 
 
 def _tables(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Page table, starts and lengths. NOTE: what is made while a graph is captured belongs to that graph."""
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return _made(sizes, device) if capturing else _kept(sizes, device)
+    """Page table, starts and lengths. NOTE: what is made while a graph is captured belongs to that graph, and what was
+    made before and a graph reads must stay where it is."""
+    place = (device, *sizes)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if place in _kept:
+            _of_graphs[place] = _kept[place]
+        return _of_graphs.get(place) or _made(sizes, device)
+    if place not in _kept:
+        if len(_kept) >= _MOST_KEPT:
+            del _kept[next(iter(_kept))]
+        _kept[place] = _made(sizes, device)
+    return _kept[place]
 
 
 def _made(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
@@ -54,6 +66,3 @@ def _made(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor,
     requests = torch.arange(batch + 1, dtype=torch.int32, device=device)
     lens = torch.full((batch,), keys, dtype=torch.int32, device=device)
     return requests[:batch, None] * apart + pages, requests * queries, lens
-
-
-_kept = functools.lru_cache(maxsize=64)(_made)

@@ -14,6 +14,7 @@ from headrace.check.attention_cases import AttentionCase, dense, heads
 from headrace.check.attention_expected import assert_close, assert_kernel_holds, prepared
 from headrace.check.guards import Guarded, as_numpy
 from headrace.kernels.dense_pages import as_pages, page_len_of, pages_apart
+from headrace.kernels.triton import split_keys
 from headrace.ops.attention_options import AttentionResult
 from headrace.ops.attention_request import kernels
 
@@ -89,3 +90,24 @@ def test_the_largest_pages_are_taken() -> None:
     for keys, expected in ((256, 128), (192, 64), (96, 16), (48, 16), (40, 8), (36, 0)):
         array = torch.zeros(2, keys, 1, 4)
         assert page_len_of(array, array) == expected == page_len_of(array.numpy(), array.numpy())
+
+
+def test_a_graph_reads_the_tables_that_calls_before_it_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = {"capturing": False}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
+    monkeypatch.setattr(split_keys, "_made", lambda sizes, device: tuple(torch.zeros(3) for _ in range(3)))
+    monkeypatch.setattr(split_keys, "_kept", {})
+    monkeypatch.setattr(split_keys, "_of_graphs", {})
+    device = torch.device("cuda")
+    sizes = [(2, 1, keys, 16, 4) for keys in range(100)]
+    before = split_keys._tables(sizes[0], device)
+    now["capturing"] = True
+    assert split_keys._tables(sizes[0], device) is before
+    unknown = split_keys._tables(sizes[1], device)
+    now["capturing"] = False
+    assert split_keys._tables(sizes[1], device) is not unknown  # that graph's own
+    for size in sizes[1:]:
+        split_keys._tables(size, device)
+    assert len(split_keys._kept) == 64 and (device, *sizes[0]) not in split_keys._kept
+    now["capturing"] = True
+    assert split_keys._tables(sizes[0], device) is before  # other calls have not taken it from the graph
