@@ -18,6 +18,7 @@ from time import monotonic
 from typing import Any
 
 LONGEST_TEXT = 300  # of an error
+_END_S = 20.0  # that a killed process may take to end
 
 
 class ProcessFailed(Exception):
@@ -101,7 +102,8 @@ class AskedProcess:
     def close(self) -> None:
         """Ends the process; again does nothing."""
         self._process.kill()  # a stopped one, too
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it for as long as it likes
+            self._process.wait(_END_S)
         for pipe in (self._process.stdin, self._process.stdout):
             with contextlib.suppress(OSError):
                 assert pipe

@@ -19,7 +19,9 @@ from headrace.bench.gpu_targets import OUT_OF_TIME
 WORKER = "headrace.bench.gpu_worker"
 _TRIES = 4  # of a row, each without one more candidate, or with one more that no graph holds
 _READY_SHARE = 0.6  # of a row's time, after which no further candidate is made ready
-_START_S = 60.0  # that a new worker may take to import torch and find the device, beside what a row may take
+# That a new worker may take to import torch and find the device, beside what a row may take. On a machine that has just
+# been started its files come over a network.
+_START_S = 150.0
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Session:
     def __init__(self, device: str, asking: Mapping[str, Any], worker: str = WORKER) -> None:
         self._device, self._asking, self._worker = device, dict(asking), worker
         self._process: AskedProcess | None = None
+        self._eager: list[str] = []  # what no graph can hold, as one row after the other found
 
     def ask(self, call: str, timeout_s: float, **given: Any) -> Any:
         """What a worker answers. ProcessFailed where it does not."""
@@ -53,16 +56,17 @@ class Session:
         """A row's results, or {"error"}; never raises for what a kernel does."""
         budget = Budget(left_s)
         without: dict[str, str] = {}
-        eager: list[str] = []
         for _ in range(_TRIES):
             watched = _Watched()
             try:
-                return self._ask_row(row, {"without": without, "eager": eager}, min(row.limit_s, budget.left), watched)
+                return self._ask_row(
+                    row, {"without": without, "eager": self._eager}, min(row.limit_s, budget.left), watched
+                )
             except ProcessFailed as failure:
                 if not watched.at:
                     return {"error": str(failure), "failed": without}
-                if watched.eager and watched.eager not in eager:
-                    eager.append(watched.eager)
+                if watched.eager and watched.eager not in self._eager:
+                    self._eager.append(watched.eager)
                 else:
                     without[watched.at] = watched.failed.get(watched.at, str(failure))
             if budget.left <= 0:
