@@ -17,10 +17,17 @@ def boxes(name: str, tensor: torch.Tensor, block_shape: Sequence[int], layout: A
     """The tensor, to be copied in boxes of that shape. ArgumentError where TMA cannot address its memory."""
     if told := why_not_boxes(tensor):
         raise ArgumentError(f"{name}: the kernel for Hopper needs {told}", "Triton's kernels take any memory")
-    # A dimension of 1 is never stepped along; its stride may be anything, and must not be for TMA.
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    strides = [stride if size > 1 else _elements(tensor) for size, stride in sizes]
-    return TensorDescriptor(tensor, list(tensor.shape), [*strides[:-1], 1], list(block_shape), layout)
+    return TensorDescriptor(tensor, list(tensor.shape), _strides(tensor), list(block_shape), layout)
+
+
+def _strides(tensor: torch.Tensor) -> list[int]:
+    """In elements. A dimension of 1 is never stepped along and its stride may be anything, which it must not for TMA:
+    it gets that of an array without gaps, in whole 16 bytes."""
+    found = [1]
+    for size, own, inner in zip(tensor.shape[-2::-1], tensor.stride()[-2::-1], tensor.shape[:0:-1], strict=True):
+        room = -(-found[0] * inner // _elements(tensor)) * _elements(tensor)
+        found.insert(0, own if size > 1 else room)
+    return found
 
 
 def why_not_boxes(tensor: torch.Tensor) -> str:

@@ -174,4 +174,6 @@ def test_memory_that_tma_cannot_address_is_told():
 
 def test_strides_of_dimensions_of_one_do_not_matter():
     found = boxes("key", torch.zeros(64, 8, dtype=torch.float16)[None], [1, 64, 8], mla.PAGED.value)
-    assert found.strides == [8, 8, 1] and found.shape == [1, 64, 8]
+    assert found.strides == [512, 8, 1] and found.shape == [1, 64, 8]
+    one_head = torch.zeros(8192, dtype=torch.float16).as_strided((2, 64, 1, 32), (4096, 64, 3, 1))
+    assert boxes("key", one_head, [1, 64, 1, 32], mla.PAGED.value).strides == [4096, 64, 32, 1]
