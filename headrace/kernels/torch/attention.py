@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headrace.kernels.torch.float32 import whole_float32
+
 Arrays = Mapping[str, Tensor]
 Options = Mapping[str, Any]
 
@@ -91,7 +93,9 @@ def _per_group(rows: Tensor, matrices: Tensor) -> Tensor:
     """rows [batch, heads, queries, a] x matrices [batch, kv_heads, a, b]: those of a group read the same matrix."""
     batch, heads, queries, _ = rows.shape
     kv_heads = matrices.shape[1]
-    together = rows.reshape(batch, kv_heads, heads // kv_heads * queries, rows.shape[-1]) @ matrices
+    rows = rows.reshape(batch, kv_heads, heads // kv_heads * queries, rows.shape[-1])
+    with whole_float32():
+        together = rows @ matrices
     return together.reshape(batch, heads, queries, matrices.shape[-1])
 
 

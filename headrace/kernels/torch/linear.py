@@ -8,14 +8,14 @@ IEEE float32 in "auto" and "exact", bf16 in "fast". Source: torch.mm. Not measur
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from headrace.kernels.device_weight import DeviceWeight
+from headrace.kernels.torch.float32 import whole_float32
 
 _MOST_NUMBERS = 1 << 26
 
@@ -91,23 +91,9 @@ def numbers(weight: DeviceWeight, rows: slice, dtype: torch.dtype) -> torch.Tens
 def _multiply(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
     """out = x weight^T."""
     if x.dtype == torch.float32 or not x.is_cuda:
-        with _whole_float32():
+        with whole_float32():
             out.copy_(x.to(torch.float32) @ weight.to(torch.float32).T)
     elif out.dtype == x.dtype:
         out.copy_(x @ weight.T)
     else:
         out.copy_(torch.mm(x, weight.T, out_dtype=torch.float32))
-
-
-@contextlib.contextmanager
-def _whole_float32() -> Iterator[None]:
-    """Without tf32, whatever was set for others. NOTE: the setting is the process's; it is put back."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
-        yield
-        return
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
