@@ -67,6 +67,7 @@ def test_the_version_is_that_of_the_package():
 NAMES_OF_OPS = [
     "AttentionGradients",
     "AttentionResult",
+    "Logprobs",
     "QuantizedRows",
     "Routing",
     "append_latent_pages",
@@ -86,6 +87,7 @@ NAMES_OF_OPS = [
     "rotate",
     "route",
     "sample",
+    "token_logprobs",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Experts and sampling for `headrace bench gpu`: what a token goes through beside attention and products.
+"""Experts, sampling and logprobs for `headrace bench gpu`: what a token goes through beside attention and products.
 
 Routings are drawn evenly, one for each set of buffers, so that calls read other experts. Half of the rows that are
 sampled are greedy and must be the largest logit, the others must be among the top k.
@@ -113,3 +113,37 @@ def _misses(tokens: Any, logits: Any) -> float:
     best = logits.topk(min(_TOP_K, logits.shape[1]), dim=1).values
     least = torch.where(rows % 2 == 0, best[:, 0], best[:, -1])
     return float((~inside | (taken < least)).sum())
+
+
+def build_logprobs(sizes: Mapping[str, Any], device: str) -> GpuWork:
+    """rows, vocab, top: of a token of each row, and of so many of the likeliest."""
+    import torch
+
+    from headrace.ops import logprobs
+    from headrace.ops.select import placed
+
+    rows, vocab, top = sizes["rows"], sizes["vocab"], sizes["top"]
+    logits = [normal((rows, vocab), "float32", device, s).mul_(3) for s in range(_SETS)]
+    tokens = torch.arange(rows, dtype=torch.int32, device=device)
+    ids = torch.empty((rows, top), dtype=torch.int32, device=device)
+    out = [poisoned((rows,), "float32", device), ids, poisoned((rows, top), "float32", device)]
+    kernels = {kernel.name: kernel for kernel in logprobs.kernels()}
+
+    def call(kernel: str, number: int) -> Any:
+        kernels[kernel].run(logits[number], tokens, *out)
+        return out
+
+    def check(kernel: str) -> Margin:
+        got, _, likeliest = call(kernel, 0)
+        exact, plain = (logits[0].to(dtype).log_softmax(dim=1) for dtype in (torch.float64, torch.float32))
+        own, best = torch.arange(rows, device=device), exact.topk(top, dim=1).indices
+        told = [[x[own, own], x.gather(1, best)] for x in (exact, plain)]
+        return margin([got, likeliest], told[0], told[1], "float32")
+
+    def torchs() -> Call:
+        return lambda number: logits[number].log_softmax(dim=1).topk(top, dim=1)
+
+    request = placed(logprobs.request((rows, vocab), top), logits[0])
+    traffic, peers = request.traffic, {"torch log_softmax, topk": torchs}
+    of_call = (traffic.num_bytes, traffic.flops, traffic.unit, logprobs.kernels(), request, call)
+    return GpuWork(*of_call, _SETS, check, peers)

@@ -169,6 +169,7 @@ def _small() -> Iterator[GpuRow]:
         yield GpuRow(f"append_x{tokens}", "append", {"tokens": tokens, "page_size": 64, **_LLAMA})
     yield GpuRow("merge_x4", "merge", {"parts": 4, "tokens": 4 * K, "heads": 32, "head_dim": 128, "dtype": "bfloat16"})
     yield GpuRow("sample_x64", "sample", {"rows": 64, "vocab": 128 * K})
+    yield GpuRow("logprobs_x64", "logprobs", {"rows": 64, "vocab": 128 * K, "top": 20})
     for tokens in (1, 64):
         sizes = {"tokens": tokens, "experts": 64, "chosen": 6, "dim": 2048, "inner": 1408, "dtype": "bfloat16"}
         yield GpuRow(f"moe_x{tokens}", "moe", sizes)

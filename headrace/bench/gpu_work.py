@@ -31,6 +31,7 @@ _HOMES = {
     "append": "headrace.bench.gpu_small",
     "merge": "headrace.bench.gpu_small",
     "sample": "headrace.bench.gpu_experts",
+    "logprobs": "headrace.bench.gpu_experts",
     "moe": "headrace.bench.gpu_experts",
     "case": "headrace.bench.gpu_regret",
 }

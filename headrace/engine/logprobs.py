@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from headrace.kernels.numpy.logprobs import of_row
+
 if TYPE_CHECKING:
     from headrace.engine.request import Request
-
-_BLOCK = 64
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,8 @@ class TokenLogprobs:
 
 def token_logprobs(logits: np.ndarray, token: int, num_top: int) -> TokenLogprobs:
     """Those of one row of logits [vocab]; a vocabulary of fewer than `num_top` tokens is told whole."""
-    peak = float(logits.max())
-    zero = peak + math.log(float(np.exp(logits - logits.dtype.type(peak)).sum(dtype=np.float64)))
-    top = largest(logits, num_top) if num_top else ()
-    return TokenLogprobs(token, float(logits[token]) - zero, tuple((int(i), float(logits[i]) - zero) for i in top))
-
-
-def largest(x: np.ndarray, count: int) -> np.ndarray:
-    """The places of the `count` largest, falling, equal ones by rising place. Few values are sorted: those that reach
-    the count-th largest of the blocks' largest."""
-    num_blocks = len(x) // _BLOCK
-    if count < num_blocks:
-        maxima = x[: num_blocks * _BLOCK].reshape(num_blocks, _BLOCK).max(axis=1)
-        places = np.flatnonzero(x >= np.partition(maxima, num_blocks - count)[num_blocks - count])
-    else:
-        places = np.arange(len(x))
-    return places[np.argsort(-x[places], kind="stable")[:count]]
+    own, ids, top = of_row(logits, token, num_top)
+    return TokenLogprobs(token, own, tuple(zip(ids.tolist(), top.tolist(), strict=True)))
 
 
 def note_logprobs(rows: np.ndarray, request: Request, tokens: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 _HOMES = {
     "AttentionGradients": "headrace.ops.attention_gradients",
     "AttentionResult": "headrace.ops.attention_options",
+    "Logprobs": "headrace.ops.logprobs",
     "QuantizedRows": "headrace.ops.norm",
     "Routing": "headrace.ops.moe",
     "append_latent_pages": "headrace.ops.page_append",
@@ -32,11 +33,13 @@ _HOMES = {
     "rotate": "headrace.ops.rope",
     "route": "headrace.ops.moe",
     "sample": "headrace.ops.sampling",
+    "token_logprobs": "headrace.ops.logprobs",
 }
 
 __all__ = [
     "AttentionGradients",
     "AttentionResult",
+    "Logprobs",
     "QuantizedRows",
     "Routing",
     "append_latent_pages",
@@ -56,6 +59,7 @@ __all__ = [
     "rotate",
     "route",
     "sample",
+    "token_logprobs",
 ]
 
 

@@ -34,27 +34,10 @@ Dtypes = str | Mapping[str, str]
 Place = tuple[str, str]  # device and generation: "cuda", "sm_90"
 
 # Arrays that are not of the call's own type.
-_OTHER_DTYPES = {
-    "page_table": "int32",
-    "indices": "int32",
-    "page_indices": "int32",
-    "slots": "int32",
-    "sequence_lens": "int32",
-    "query_starts": "int32",
-    "key_starts": "int32",
-    "key_lens": "int32",
-    "key_scales": "float32",
-    "value_scales": "float32",
-    "latent_scales": "float32",
-    "sinks": "float32",
-    "table": "float32",
-    "query_norm": "float32",
-    "key_norm": "float32",
-    "alibi_slopes": "float32",
-    "mask": "bool",
-}
-_LENGTHS = ("sequence_lens", "key_lens")
-_STARTS = {"query_starts": "query", "key_starts": "key"}
+_LENGTHS, _STARTS = ("sequence_lens", "key_lens"), {"query_starts": "query", "key_starts": "key"}
+_INTEGERS = (*_LENGTHS, *_STARTS, "page_table", "indices", "page_indices", "slots", "tokens")
+_FLOATS = ("key_scales", "value_scales", "latent_scales", "sinks", "table", "query_norm", "key_norm", "alibi_slopes")
+_OTHER_DTYPES = dict.fromkeys(_INTEGERS, "int32") | dict.fromkeys(_FLOATS, "float32") | {"mask": "bool"}
 
 
 class Given(NamedTuple):
@@ -289,6 +272,14 @@ def _of_sample(asked: Given) -> list[Asked]:
     return [Asked(placed(sampling.request(tuple(logits.shape), dtype_name(logits)), logits))]
 
 
+def _of_logprobs(asked: Given) -> list[Asked]:
+    from headrace.ops import logprobs
+
+    given = _bound(logprobs.token_logprobs, asked)
+    shape, dtype = given["logits"].shape, dtype_name(given["logits"])
+    return [Asked(placed(logprobs.request(tuple(shape), given["num_top"], dtype), given["logits"]))]
+
+
 def _of_append(asked: Given) -> list[Asked]:
     from headrace.ops import page_append
 
@@ -335,6 +326,7 @@ _OPS = {
     "paged_attention": _Op("headrace.ops.attention_paged", _of_paged_attention),
     "rms_norm": _Op("headrace.ops.norm", _of_norm),
     "sample": _Op("headrace.ops.sampling", _of_sample),
+    "token_logprobs": _Op("headrace.ops.logprobs", _of_logprobs),
 }
 
 

@@ -1,4 +1,4 @@
-"""The GPU kernels of what works row by row: norms, rotary positions, rows of tables, sampling."""
+"""The GPU kernels of what works row by row: norms, rotary positions, rows of tables, sampling, logprobs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from headrace.ops.select import Kernel, Plan, Reason, Request
 
 # Of a row of logits: numbers of tokens, counted in int32, times segments.
 MOST_LOGITS = 1 << 24
+MOST_TOP = 128  # tokens told of a row: a program holds as many of every segment
 
 
 def norm_kernels() -> tuple[Kernel, ...]:
@@ -40,6 +41,11 @@ def sampling_kernels() -> tuple[Kernel, ...]:
     return (gpu_kernel("triton_sampling", "headrace.kernels.triton.sampling", _vocabulary, by_row),)
 
 
+def logprob_kernels() -> tuple[Kernel, ...]:
+    """token_logprobs."""
+    return (gpu_kernel("triton_logprobs", "headrace.kernels.triton.logprobs", _few_told, by_row),)
+
+
 def by_row(request: Request, gpu: object) -> Plan:
     """Every row on its own, in an order that follows from its length."""
     return Plan(workers=getattr(gpu, "multiprocessors", 1), batch_invariant=True)
@@ -63,6 +69,12 @@ def _unpacked(request: Request) -> list[Reason]:
 def _vocabulary(request: Request) -> list[Reason]:
     vocab = request.shapes["logits"][1]
     return [Reason("vocab", str(vocab), f"at most {MOST_LOGITS}")] if vocab > MOST_LOGITS else []
+
+
+def _few_told(request: Request) -> list[Reason]:
+    told = request.shapes["top"][1]
+    many = [Reason("num_top", str(told), f"at most {MOST_TOP}", "logits.topk")] if told > MOST_TOP else []
+    return _vocabulary(request) + many
 
 
 def _float8_codes(request: Request) -> list[Reason]:

@@ -35,6 +35,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "linear_q4_k": ("linear", {"weight": "Q4_K", "shapes": [[96, 256]], "tokens": 1}),
     "moe": ("moe", {"tokens": 3, "experts": 4, "chosen": 2, "dim": 32, "inner": 48, "dtype": "bfloat16"}),
     "sample": ("sample", {"rows": 6, "vocab": 300}),
+    "logprobs": ("logprobs", {"rows": 6, "vocab": 300, "top": 5}),
     "merge": ("merge", {"parts": 3, "tokens": 5, "heads": 4, "head_dim": 32, "dtype": "bfloat16"}),
 }
 EACH = pytest.mark.parametrize("name", ROWS)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from headrace import LLM, SamplingParams
 from headrace.check.fakes import TinyModel, write_tiny_model
-from headrace.engine.logprobs import largest, mean_logprob, token_logprobs
+from headrace.engine.logprobs import mean_logprob, token_logprobs
 from headrace.engine.request import Request
+from headrace.kernels.numpy.logprobs import largest
 
 PROMPT = [int(i) for i in np.random.default_rng(8).integers(0, 300, 150)]
 Open = Callable[..., LLM]
