@@ -9,7 +9,7 @@ A process pretends one chip, from then on: what was compiled is remembered by Tr
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,35 @@ class Launch:
     shared: int
     registers: int
     spilled: int
+
+
+# What gives a tensor's numbers to the host.
+_WAITING = ("item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within it whoever asks for a tensor's numbers gets a RuntimeError: on a GPU they would have to be waited for."""
+    import torch
+
+    own = {name: vars(torch.Tensor)[name] for name in _WAITING if name in vars(torch.Tensor)}
+    for name in _WAITING:
+        setattr(torch.Tensor, name, _waiting(name))
+    try:
+        yield
+    finally:
+        for name in _WAITING:
+            if name in own:
+                setattr(torch.Tensor, name, own[name])
+            else:
+                delattr(torch.Tensor, name)
+
+
+def _waiting(name: str) -> Callable[..., Any]:
+    def refused(*_: Any, **__: Any) -> Any:
+        raise RuntimeError(f"Tensor.{name}: waits for the GPU")
+
+    return refused
 
 
 def pretend(chip: str) -> list[Launch]:

@@ -7,7 +7,10 @@ import sys
 
 import pytest
 
+torch = pytest.importorskip("torch")
 pytest.importorskip("triton", reason="triton is not installed: pip install 'headrace[torch]'")
+
+from headrace.check.pretend_gpu import no_waiting  # noqa: E402
 
 ROWS = {
     "decode_p64_b1_4k": {"triton_paged"},
@@ -39,3 +42,13 @@ def test_a_row_s_kernels_are_launched(chip, rows):
         assert hopper <= set(each["kernels"]), each
         for made in each["kernels"].values():
             assert made and all(min(one["grid"]) > 0 and one["registers"] > 0 for one in made), each
+
+
+def test_who_waits_for_the_gpu_is_told():
+    numbers = torch.arange(3)
+    with no_waiting():
+        for waits in (numbers.sum().item, numbers.tolist, numbers.numpy, numbers.cpu, lambda: bool(numbers[0])):
+            with pytest.raises(RuntimeError, match="waits for the GPU"):
+                waits()
+        assert (numbers + 1).shape == (3,)
+    assert numbers.tolist() == [0, 1, 2] and int(numbers[1]) == 1 and numbers.numpy().sum() == 3
