@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from headrace.errors import ArgumentError
-from headrace.gpu_machine import arch_in_use
+from headrace.gpu_machine import USUAL_ARCH, arch_in_use
 from headrace.kernels import cpu
 from headrace.kernels.arrays import Buffer, dtype_name, numpy_dtype
 from headrace.kernels.device_weight import DeviceWeight
@@ -32,6 +33,7 @@ from headrace.ops.select import Kernel, Request, placed
 
 Dtypes = str | Mapping[str, str]
 Place = tuple[str, str]  # device and generation: "cuda", "sm_90"
+_GENERATIONS = {"cuda": r"sm_\d{2,3}[af]?", "hip": r"gfx\d+[0-9a-f]*"}
 
 # Arrays that are not of the call's own type.
 _LENGTHS, _STARTS = ("sequence_lens", "key_lens"), {"query_starts": "query", "key_starts": "key"}
@@ -111,6 +113,8 @@ def _place(device: str | None, arch: str) -> Place | None:
         raise ArgumentError(f"device: expected cpu, cuda or hip, got {device!r}")
     if arch and device in (None, "cpu"):
         raise ArgumentError(f"arch: expected none without a GPU as device, got {arch!r}", 'device="cuda" or "hip"')
+    if device is not None and arch and not re.fullmatch(_GENERATIONS[device], arch):
+        raise ArgumentError(f"arch: expected a generation of {device}, got {arch!r}", f'such as "{USUAL_ARCH[device]}"')
     if device is None:
         return None
     return device, "" if device == "cpu" else arch or arch_in_use(device)

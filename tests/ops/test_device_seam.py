@@ -285,6 +285,9 @@ def test_the_generation_is_by_default_the_usual_one_and_mistakes_are_named() -> 
         ops.explain("attention", *PREFILL, device="tpu")
     with pytest.raises(ArgumentError, match="arch: expected none without a GPU"):
         ops.explain("attention", *PREFILL, arch="sm_90")
+    for device, arch in (("cuda", "gfx942"), ("hip", "sm_90"), ("cuda", "hopper"), ("cuda", "90")):
+        with pytest.raises(ArgumentError, match=f"arch: expected a generation of {device}, got '{arch}'"):
+            ops.explain("attention", *PREFILL, device=device, arch=arch)
 
 
 def test_a_mask_on_a_gpu_is_not_looked_at() -> None:
