@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,17 @@ async def opened(path: Path, **options: Any) -> AsyncIterator[AsyncLLM]:
         pool = llm.worker.engine.pool
         await llm.worker.call(llm.worker.engine.prefixes.clear)
         assert pool.num_free == pool.num_pages
+
+
+@contextmanager
+def held(llm: AsyncLLM) -> Iterator[None]:
+    """Keeps the engine from its next step, so that nothing ends before anyone looks."""
+    gate = threading.Event()
+    llm.worker.call(gate.wait)
+    try:
+        yield
+    finally:
+        gate.set()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -87,10 +98,10 @@ def test_answers_to_one_prompt_are_those_of_the_library(path: Path) -> None:
             found = await llm.generate("a mill", params)
             assert [choice.text for choice in found.choices] == [choice.text for choice in expected.choices]
             first, second = llm.choices([1, 2, 3], SamplingParams(max_tokens=200, ignore_eos=True, n=2))
-            llm.worker.call(_pause)
-            task = asyncio.create_task(_read(second))
-            await until(lambda: llm.num_requests == 2)
-            first.cancel()  # the second would begin when the first's prompt was computed
+            with held(llm):
+                task = asyncio.create_task(_read(second))
+                await until(lambda: llm.num_requests == 2)
+                first.cancel()  # the second would begin when the first's prompt was computed
             await task
             assert second.finish_reason == "cancelled"
 
@@ -175,12 +186,21 @@ def test_an_error_of_the_engine_reaches_every_reader_and_the_next_is_served(
 ) -> None:
     async def main() -> None:
         async with opened(path) as llm:
-            streams = [llm.stream(prompt, ENDLESS) for prompt in PROMPTS]
-            for stream in streams:
-                await anext(aiter(stream))
+            streams, engine = [llm.stream(prompt, ENDLESS) for prompt in PROMPTS], llm.worker.engine
+            allocate = PagePool.allocate
+
+            def broken(pool: PagePool, *asked: Any) -> Any:
+                if engine.num_steps > 20:  # all have begun, and none has the pages for its whole answer
+                    raise RuntimeError("no such page")
+                return allocate(pool, *asked)
+
             with monkeypatch.context() as patch:
-                patch.setattr(PagePool, "allocate", _broken)
-                ended = await asyncio.gather(*(_read(stream) for stream in streams), return_exceptions=True)
+                patch.setattr(PagePool, "allocate", broken)
+                with held(llm):
+                    reading = [asyncio.create_task(_read(stream)) for stream in streams]
+                    await until(lambda: llm.num_requests == len(streams))
+                ended = await asyncio.gather(*reading, return_exceptions=True)
+            assert all(stream.text for stream in streams)
             assert [str(each) for each in ended] == ["no such page"] * len(streams)
             assert (await llm.generate(PROMPTS[0], PARAMS)).text == alone[0]
 
@@ -210,15 +230,6 @@ def test_a_text_is_embedded_while_others_are_answered(path: Path, alone: list[st
     asyncio.run(main())
 
 
-def _broken(*_: object) -> list[int]:
-    raise RuntimeError("no such page")
-
-
-def _pause() -> None:
-    """Keeps the engine from being done before anyone looks."""
-    time.sleep(0.1)
-
-
 async def _read(stream: Any) -> None:
     async for _ in stream:
         pass
@@ -227,10 +238,13 @@ async def _read(stream: Any) -> None:
 def test_draining_lets_those_end_that_run_and_takes_no_more(path: Path, alone: list[str]) -> None:
     async def main() -> None:
         async with opened(path) as llm:
-            llm.worker.call(_pause)
-            task = asyncio.create_task(llm.generate(PROMPTS[0], PARAMS))
-            await until(lambda: llm.num_requests == 1)
-            assert await llm.drain(10)
+            with held(llm):
+                task = asyncio.create_task(llm.generate(PROMPTS[0], PARAMS))
+                await until(lambda: llm.num_requests == 1)
+                drained = asyncio.create_task(llm.drain(60))
+                await asyncio.sleep(0)  # it has begun
+                assert not drained.done()
+            assert await drained
             assert (await task).text == alone[0]
             with pytest.raises(HeadraceError, match="being closed"):
                 await llm.generate("more")
@@ -241,10 +255,10 @@ def test_draining_lets_those_end_that_run_and_takes_no_more(path: Path, alone: l
 def test_draining_stops_what_takes_too_long(path: Path) -> None:
     async def main() -> None:
         async with opened(path) as llm:
-            llm.worker.call(_pause)
-            task = asyncio.create_task(llm.generate("x", ENDLESS))
-            await until(lambda: llm.num_requests == 1)
-            assert not await llm.drain(0)
+            with held(llm):
+                task = asyncio.create_task(llm.generate("x", ENDLESS))
+                await until(lambda: llm.num_requests == 1)
+                assert not await llm.drain(0)
             assert (await task).finish_reason == "cancelled"
 
     asyncio.run(main())
@@ -253,10 +267,12 @@ def test_draining_stops_what_takes_too_long(path: Path) -> None:
 def test_closing_tells_those_who_wait(path: Path) -> None:
     async def main() -> None:
         llm = AsyncLLM(path)
-        llm.worker.call(_pause)
-        task = asyncio.create_task(llm.generate("x", ENDLESS))
-        await until(lambda: llm.num_requests == 1)
-        await asyncio.to_thread(llm.close)
+        with held(llm):
+            task = asyncio.create_task(llm.generate("x", ENDLESS))
+            await until(lambda: llm.num_requests == 1)
+            closing = asyncio.create_task(asyncio.to_thread(llm.close))
+            await until(lambda: llm.worker._stopping)
+        await closing
         assert (await task).finish_reason == "cancelled"
         llm.close()
 
@@ -265,8 +281,6 @@ def test_closing_tells_those_who_wait(path: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
-    import threading
-
     before = threading.active_count()
     yield
     names = [thread.name for thread in threading.enumerate()]

@@ -70,7 +70,8 @@ class Process:
 
     def ready(self) -> Process:
         """Returns when the model is loaded."""
-        for _ in range(600):
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline:
             assert self.popen.poll() is None, self.log.read_text()
             with suppress(httpx.TransportError):
                 if httpx.get(self.url + "/health").status_code == 200:
@@ -81,7 +82,7 @@ class Process:
     def end(self) -> int:
         """Asks it to end; its exit code."""
         self.popen.terminate()
-        return self.popen.wait(20)
+        return self.popen.wait(120)
 
 
 @pytest.fixture(scope="session")

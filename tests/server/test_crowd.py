@@ -139,7 +139,7 @@ def metric(port: int, name: str) -> float:
     return float(line.rpartition(" ")[2])
 
 
-def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], bool], seconds: float = 120.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline
@@ -164,7 +164,7 @@ def serving(path: Path, **options: Any) -> Iterator[tuple[int, AsyncLLM]]:
         yield server.servers[0].sockets[0].getsockname()[1], made[0]
     finally:
         server.should_exit = True
-        thread.join(30)
+        thread.join(120)
 
 
 KINDS = (Ticket, AsyncStream, Generation)
@@ -249,7 +249,7 @@ def test_sigterm_loses_nothing_that_was_accepted(
             process.popen.terminate()
             until(lambda: refused(other, process.url))
         thread.join(300)
-        assert len(outcomes) == 24 and process.popen.wait(30) == 0
+        assert len(outcomes) == 24 and process.popen.wait(120) == 0
     finally:
         process.popen.kill()
 

@@ -163,7 +163,9 @@ LENGTHS = st.one_of(
     st.integers(0, 2**64 - 1),
     st.integers(0, 400),
 )
-REUSES_FOLDER = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+REUSES_FOLDER = settings(
+    deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @REUSES_FOLDER
