@@ -79,7 +79,7 @@ sanitize: build/sanitize/stamp ## the native code's tests under the address and 
 	@packages="$$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])')"; cd build/sanitize/tree; \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH="$$packages" \
-	  "$(CURDIR)/$(BIN)/python" -S -m pytest -p no:cacheprovider -m "not slow" \
+	  "$(CURDIR)/$(BIN)/python" -S -m pytest -p no:cacheprovider -m "not slow or combination" \
 	    -k "not (attention and within_budget)" $(UNSANITIZED:%=--ignore-glob="*/%") $(SANITIZED)
 
 clean: ## remove everything made here, .venv included

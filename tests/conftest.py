@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -10,15 +12,25 @@ import pytest
 from headrace.errors import SourceError
 from headrace.weights.sources import resolve
 
+MANY_CASES = 8
+INTERPRETED_CASES = 2  # a kernel of a GPU takes a quarter of a second and more of each
+QUICK_EXAMPLES = 20
+
 
 def pytest_configure(config):
     """Triton's kernels run in its interpreter, unless the tests are those of the GPU: they know when first imported."""
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        _set_hypothesis(config.option.markexpr)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses by marks
 def pytest_collection_modifyitems(config, items):
-    """Tests on the GPU run when asked for, and then alone: `pytest -m gpu`; without a GPU they are skipped."""
+    """Of a test with many cases some are quick. Tests on the GPU run when asked for, and then alone: `pytest -m gpu`.
+
+    Without a GPU they are skipped.
+    """
+    _mark_slow(items)
     if config.option.markexpr == "gpu":
         why_not = _why_no_gpu()
         for item in items if why_not else ():
@@ -37,6 +49,41 @@ def pytest_make_collect_report(collector):
         report.outcome = "skipped"
         report.longrepr = (str(collector.path), 0, "Skipped: the native extension is not built")
     return report
+
+
+def _set_hypothesis(markexpr):
+    """No example fails for the time it takes: machines differ, and others may want them. Quick tests draw fewer."""
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("all", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile("quick", settings.get_profile("all"), max_examples=QUICK_EXAMPLES)
+    settings.load_profile("quick" if markexpr == "not slow" else "all")
+
+
+def _mark_slow(items):
+    """Leaves quick cases of each test, taken in an order that mixes the parameters and is always the same."""
+    tests = defaultdict(list)
+    for item in items:
+        if hasattr(item, "callspec") and "slow" not in item.keywords:
+            tests[item.nodeid.partition("[")[0]].append(item)
+    for cases in tests.values():
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        if "device" in cases[0].fixturenames:
+            for item in [item for item in cases if "gpu" not in item.keywords][INTERPRETED_CASES:]:
+                item.add_marker("slow")
+        elif len(cases) > MANY_CASES:
+            _mark_combinations(cases)
+
+
+def _mark_combinations(cases):
+    """Quick are those that show a value of a parameter for the first time: each value is seen, not each combination."""
+    shown = set()
+    for item in cases:
+        values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+        if values <= shown:
+            item.add_marker("slow")
+            item.add_marker("combination")
+        shown |= values
 
 
 def _why_no_gpu() -> str:
