@@ -239,7 +239,12 @@ def test_thoughts_are_folded_away(page: Any) -> None:
 
 def test_settings_are_sent_as_they_are(page: Any, server: Any) -> None:
     ask(page, "plain")
-    assert server.llm.asked[-1][1].temperature == 1.0 and server.llm.asked[-1][1].seed is None
+    params = server.llm.asked[-1][1]
+    assert (params.temperature, params.top_p, params.max_tokens, params.seed) == (0.5, 0.9, 2048, None), "as shown"
+    shown = page.evaluate(
+        "['temperature', 'top_p', 'max_tokens'].map(n => document.getElementById('set-' + n).placeholder)"
+    )
+    assert shown == ["0.5", "0.9", "2048"]
     page.click("#open-settings")
     given = {"temperature": "0.3", "top_k": "5", "seed": "7", "max_tokens": "1", "min_p": "3", "stop": "END\nSTOP"}
     for name, value in {**given, "top_p": "0.5"}.items():
