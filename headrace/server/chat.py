@@ -166,6 +166,11 @@ class ChatRequest(Sampling):
         return {} if given is None else given.form()
 
     @property
+    def form_field(self) -> str:
+        """The field that a schema was in."""
+        return "response_format.json_schema.schema" if self.forced_call is None else "tools"
+
+    @property
     def most_tokens(self) -> int:
         return self.max_completion_tokens or self.max_tokens or _NO_LIMIT
 
@@ -188,7 +193,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Answers a conversation."""
     body.check()
     server = server_of(request)
-    generation = await begin(server, body.model, body.streams, "messages")
+    generation = await begin(server, body.model, body.streams, "messages", body.form_field)
     if server.settings.log_prompts:
         LOG.info("messages: %s", [message.content for message in body.messages])
     answer = ChatAnswer(body, generation)

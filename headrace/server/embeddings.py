@@ -15,7 +15,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from headrace.server.generation import server_of, unless_gone
-from headrace.server.problems import Problem, problem_of, unsupported
+from headrace.server.problems import Problem, problem_of, renamed, unsupported
 from headrace.server.protocol import Body, Refused, StrictRoute
 from headrace.server.registry import ServedModel
 from headrace.text.tokenizer import Tokenizer
@@ -52,10 +52,7 @@ async def create_embeddings(body: EmbeddingRequest, request: Request) -> dict[st
     try:
         return await unless_gone(request, _embedded(body, model))
     except Exception as error:
-        problem = problem_of(error)
-        if problem.param == "prompt":
-            problem.param = "input"
-        raise problem from error
+        raise renamed(problem_of(error), {"prompt": "input", "text": "input"}) from error
     finally:
         model.release()
 

@@ -19,7 +19,7 @@ from starlette.requests import Request
 from headrace.async_llm import AsyncLLM, AsyncStream, Update
 from headrace.errors import HeadraceError
 from headrace.server.metrics import Metrics
-from headrace.server.problems import Problem, problem_of
+from headrace.server.problems import Problem, problem_of, renamed
 from headrace.server.protocol import usage
 from headrace.server.registry import Registry, ServedModel
 from headrace.server.settings import ServerSettings
@@ -142,18 +142,16 @@ class Generation:
             self._inter_token.observe(seconds / count)
 
 
-async def begin(server: Server, name: str, make: Make, prompt: str = "prompt") -> Generation:
+async def begin(server: Server, name: str, make: Make, prompt: str = "prompt", form: str = "json_schema") -> Generation:
     """Queues what `make` makes with the loaded model. Raises Problem before anything is computed.
 
-    prompt: what the API calls the field that became the prompt.
+    prompt, form: what the API calls the fields that became the prompt and the form of the answer.
     """
     try:
         return await _begin(server, name, make)
     except HeadraceError as error:
-        problem = problem_of(error)
-        if problem.param in ("prompt", "text", "messages"):
-            problem.param = prompt
-        raise problem from error
+        names = {**dict.fromkeys(("prompt", "text", "messages"), prompt), "json_schema": form}
+        raise renamed(problem_of(error), names) from error
 
 
 async def _begin(server: Server, name: str, make: Make) -> Generation:

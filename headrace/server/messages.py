@@ -17,7 +17,7 @@ from headrace.async_llm import AsyncLLM, AsyncStream
 from headrace.config import SamplingParams
 from headrace.server.events import EventStream, dumps, named
 from headrace.server.generation import LOG, Generation, begin, server_of, unless_gone
-from headrace.server.messages_in import flat_text, prompt_of
+from headrace.server.messages_in import flat_text, prompt_of, text_of
 from headrace.server.problems import Problem, unsupported
 from headrace.server.protocol import MOST_STOPS, Body, Refused, StrictRoute
 from headrace.server.tool_choice import call_schema
@@ -142,8 +142,10 @@ def _turns(turn: Turn, where: str) -> list[dict[str, Any]]:
         at, kind = f"{where}.content[{i}]", block.get("type")
         _check_fields(block, at)
         if kind == "text":
-            texts.append(flat_text([block], at) or "")
-        elif kind == "tool_use" and isinstance(block.get("name"), str):
+            texts.append(text_of(block, at))
+        elif kind == "tool_use":
+            if not isinstance(block.get("name"), str):
+                raise Problem(400, f"{at}.name: expected text", param=f"{at}.name", code="invalid_type")
             function = {"name": block["name"], "arguments": json.dumps(block.get("input") or {})}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
         elif kind == "tool_result":
@@ -192,7 +194,7 @@ async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
 async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Answers a conversation."""
     server = server_of(request)
-    generation = await begin(server, body.model, body.streams, "messages")
+    generation = await begin(server, body.model, body.streams, "messages", "tools")
     if server.settings.log_prompts:
         LOG.info("messages: %s", [turn.content for turn in body.messages])
     answer = MessageAnswer(body, generation)

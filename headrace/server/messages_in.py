@@ -40,18 +40,21 @@ def flat_text(content: Any, where: str, kinds: Sequence[str] = ("text",)) -> str
     """The text of a content that may be a list of parts."""
     if content is None or isinstance(content, str):
         return content
-    pieces = []
-    for i, part in enumerate(content):
-        if part.get("type") not in kinds:
-            raise unsupported(f"{where}[{i}].type", f"content of type {part.get('type')!r:.40}, only text is")
-        unknown = sorted(part.keys() - {"type", "text"} - _PARTS_OWN.keys())
-        lost = [name for name, kept in _PARTS_OWN.items() if part.get(name) and not kept]
-        if unknown or lost:
-            raise unsupported(f"{where}[{i}].{(unknown + lost)[0]}", "a part has a type and a text")
-        if not isinstance(part.get("text"), str):
-            raise Problem(400, f"{where}[{i}].text: expected text", param=f"{where}[{i}].text", code="invalid_type")
-        pieces.append(part["text"])
-    return "".join(pieces)
+    return "".join(text_of(part, f"{where}[{i}]", kinds) for i, part in enumerate(content))
+
+
+def text_of(part: dict[str, Any], where: str, kinds: Sequence[str] = ("text",)) -> str:
+    """The text of one part."""
+    if part.get("type") not in kinds:
+        raise unsupported(f"{where}.type", f"content of type {part.get('type')!r:.40}, only text is")
+    unknown = sorted(part.keys() - {"type", "text"} - _PARTS_OWN.keys())
+    lost = [name for name, kept in _PARTS_OWN.items() if part.get(name) and not kept]
+    if unknown or lost:
+        raise unsupported(f"{where}.{(unknown + lost)[0]}", "a part has a type and a text")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise Problem(400, f"{where}.text: expected text", param=f"{where}.text", code="invalid_type")
+    return text
 
 
 def for_template(messages: Sequence[Message]) -> list[Message]:
@@ -61,6 +64,8 @@ def for_template(messages: Sequence[Message]) -> list[Message]:
 
 def _plain(message: Message, where: str) -> Message:
     plain = {**message, "content": flat_text(message.get("content"), f"{where}.content")}
+    if plain["content"] is None and not plain.get("tool_calls"):
+        raise Problem(400, f"{where}: has neither content nor tool_calls", param=where, code="invalid_value")
     if plain["role"] == "developer":
         plain["role"] = "system"
     if plain.get("tool_calls"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -36,12 +36,24 @@ _ANTHROPIC_TYPES = {
     503: "overloaded_error",
 }
 _TYPES = ("str", "int", "float", "bool", "dict")
+_NOT_JSON_BODY = "expected a JSON object with Content-Type: application/json"
 _CODES = {
     "extra_forbidden": "unknown_parameter",
     "missing": "missing_required_parameter",
     "json_invalid": "invalid_json",
-    "literal_error": "invalid_value",
-    "value_error": "invalid_value",
+    "refused": "unsupported_parameter",
+    **dict.fromkeys(
+        (
+            "literal_error",
+            "value_error",
+            "greater_than_equal",
+            "less_than_equal",
+            "too_short",
+            "too_long",
+            "string_pattern_mismatch",
+        ),
+        "invalid_value",
+    ),
 }
 
 
@@ -93,6 +105,15 @@ def problem_of(error: BaseException) -> Problem:
     return Problem(503, message, code="unavailable", headers={"Retry-After": "1"})
 
 
+def renamed(problem: Problem, names: Mapping[str, str]) -> Problem:
+    """The same problem, of the field that a client knows. names: theirs by ours."""
+    theirs = names.get(problem.param or "")
+    if theirs is not None:
+        problem.message = f"{theirs}: {problem.message.removeprefix(f'{problem.param}: ')}"
+        problem.param = theirs
+    return problem
+
+
 def _param(message: str) -> str | None:
     match = re.match(r"([a-z_]+(?:\[\d+\])?): ", message)
     return match[1] if match else None
@@ -101,20 +122,29 @@ def _param(message: str) -> str | None:
 def validation_problem(errors: list[Any]) -> Problem:
     """What is wrong with a body, by name: of several things the deepest, where an alternative was right so far."""
     first = max(errors, key=lambda error: len(error["loc"]))
-    param = _path([part for part in first["loc"] if part != "body"])
+    param = _path(first["loc"][1:])
     kind = str(first["type"])
     if kind == "json_invalid":
         message, param = f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}", None
     elif kind == "extra_forbidden":
         message = f"{param}: unknown field"
-    elif kind == "missing" and param is None:
-        message = "expected a JSON object with Content-Type: application/json"
+    elif param is None:
+        message = _NOT_JSON_BODY
+    elif kind == "refused":
+        message = f"{param}: not supported: {first['msg']}"
     else:
-        message = f"{param or 'body'}: {first['msg'].removeprefix('Value error, ')}"
+        message = f"{param}: {_expected(errors, param)}"
     return Problem(400, message, param=param, code=_CODES.get(kind, "invalid_type"))
 
 
-def _path(parts: list[Any]) -> str | None:
+def _expected(errors: list[Any], param: str) -> str:
+    """What each of the alternatives of a field would have been."""
+    told = [each["msg"].removeprefix("Value error, ") for each in errors if _path(each["loc"][1:]) == param]
+    first, *others = dict.fromkeys(told)
+    return " or ".join([first, *(other.removeprefix("Input should be ") for other in others)])
+
+
+def _path(parts: Sequence[Any]) -> str | None:
     """messages[0].content, of what pydantic says; the names of alternatives that were tried are left out."""
     path = ""
     for part in parts:

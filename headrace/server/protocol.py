@@ -12,12 +12,13 @@ from types import UnionType
 from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.config import SamplingParams
-from headrace.server.problems import Problem, unsupported
+from headrace.server.problems import Problem
 
 MOST_CHOICES = 128
 MOST_STOPS = 64
@@ -42,7 +43,8 @@ class Body(BaseModel):
         for name in data.keys() & cls.refused.keys():
             why, neutral = cls.refused[name]
             if data[name] is not None and data[name] not in neutral:
-                raise unsupported(name, why)
+                refusal = InitErrorDetails(type=PydanticCustomError("refused", why), loc=(name,), input=None)  # type: ignore[arg-type]
+                raise ValidationError.from_exception_data(cls.__name__, [refusal])
         return {name: value for name, value in data.items() if name not in cls.refused}
 
 

@@ -69,16 +69,18 @@ _ITEMS = {"message": "Message", "function_call": "Call", "function_call_output":
 
 def _kind_of_item(item: Any) -> str | None:
     kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
-    if not isinstance(kind, str) or kind not in _ITEMS:
-        raise unsupported("input.type", f"an item of type {kind!r:.40}, only {', '.join(_ITEMS)} are")
-    return _ITEMS[kind]
+    return _ITEMS.get(kind) if isinstance(kind, str) else None
 
 
 InputItem = Annotated[
     Annotated[InputMessage, Tag("Message")]
     | Annotated[CallItem, Tag("Call")]
     | Annotated[CallOutputItem, Tag("CallOutput")],
-    Discriminator(_kind_of_item),
+    Discriminator(
+        _kind_of_item,
+        custom_error_type="refused",
+        custom_error_message=f"an item of another type than {', '.join(_ITEMS)}",
+    ),
 ]
 
 
@@ -251,7 +253,8 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     """Answers a text or a conversation."""
     body.check()
     server = server_of(request)
-    generation = await begin(server, body.model, body.streams, "input")
+    form_field = "text.format.schema" if body.forced_call is None else "tools"
+    generation = await begin(server, body.model, body.streams, "input", form_field)
     if server.settings.log_prompts:
         LOG.info("input: %s", body.messages)
     answer = ResponseAnswer(_echo(body), body.offered, generation, logprobs=body.with_logprobs)

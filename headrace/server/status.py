@@ -144,8 +144,11 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str
     """The text of token ids, control tokens by their names."""
     model = await server_of(request).models.acquire(body.model)
     try:
-        decode = model.loaded.llm.tokenizer.decode
-        return {"prompt": await asyncio.to_thread(decode, body.tokens, skip_special=False)}
+        tokenizer = model.loaded.llm.tokenizer
+        if not all(0 <= token < tokenizer.vocab_size for token in body.tokens):
+            message = f"tokens: expected token ids in 0..{tokenizer.vocab_size - 1}"
+            raise Problem(400, message, param="tokens", code="invalid_value")
+        return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special=False)}
     finally:
         model.release()
 
