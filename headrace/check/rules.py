@@ -51,7 +51,7 @@ SPEAKS_TORCH = re.compile(r"headrace\.(ops\.torch_|compat\.|kernels\.(triton|glu
 SPEAKS_TRITON = re.compile(r"headrace\.kernels\.(triton|gluon)\.")
 THEIR_LIBRARIES = {"headrace.compat.transformers": "transformers"}
 # What the extra [server] brings: a server is nothing without it, and nobody else imports its package at module level.
-SERVER = {"fastapi", "starlette", "pydantic", "uvicorn", "prometheus_client", "llguidance"}
+SERVER = {"fastapi", "starlette", "pydantic", "pydantic_core", "uvicorn", "prometheus_client", "llguidance"}
 
 MEDIAN_LINES, MOST_LINES, LONGEST_LINES, LONGEST_KERNEL_LINES = 12, 35, 80, 150
 FILE_LINES, KERNEL_FILE_LINES = 400, 700

@@ -20,7 +20,7 @@ from headrace.server.logprobs import for_chat
 from headrace.server.messages_in import prompt_of
 from headrace.server.problems import Problem, unsupported
 from headrace.server.protocol import MOST_CHOICES, Body, Refused, Sampling, StreamOptions, StrictRoute
-from headrace.server.tool_choice import call_schema
+from headrace.server.tool_choice import auto_form, call_schema, check_strict
 from headrace.server.tools import Part, ToolReader
 
 router = APIRouter(route_class=StrictRoute)
@@ -138,8 +138,7 @@ class ChatRequest(Sampling):
             raise Problem(400, "stream_options: only with stream", param="stream_options", code="invalid_value")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise Problem(400, "tool_choice: only with tools", param="tool_choice", code="invalid_value")
-        if self.forced_call is None and any(tool.function.strict for tool in self.offered_tools):
-            raise unsupported("tools.function.strict", "only where tool_choice makes the model call one")
+        check_strict("grammar" if self.grammar else "response_format" if self.form else None, any(self.held))
 
     @property
     def offered_tools(self) -> list[Tool]:
@@ -156,6 +155,11 @@ class ChatRequest(Sampling):
         return call_schema(self.offered, self.tool_choice)
 
     @property
+    def held(self) -> list[bool]:
+        """Which tools are held to their schemas if the model calls them of itself."""
+        return [bool(tool.function.strict) and self.forced_call is None for tool in self.offered_tools]
+
+    @property
     def form(self) -> dict[str, Any]:
         """What SamplingParams are told of response_format and tool_choice."""
         schema, given = self.forced_call, self.response_format
@@ -166,9 +170,10 @@ class ChatRequest(Sampling):
         return {} if given is None else given.form()
 
     @property
-    def form_field(self) -> str:
-        """The field that a schema was in."""
-        return "response_format.json_schema.schema" if self.forced_call is None else "tools"
+    def form_fields(self) -> dict[str, str]:
+        """The fields that forms were in."""
+        given = {"json_schema": "response_format.json_schema.schema" if self.forced_call is None else "tools"}
+        return given | ({"grammar": "tools"} if any(self.held) else {})
 
     @property
     def most_tokens(self) -> int:
@@ -184,7 +189,8 @@ class ChatRequest(Sampling):
             variables=self.chat_template_kwargs,
         ).ids
         told = {"logprobs": self.top_logprobs or 0} if self.logprobs else {}
-        params = self.drawn(max_tokens=self.most_tokens, n=self.n or 1, **told, **self.form)
+        form = {**self.form, **auto_form(self.offered, self.held, llm.llm.tokenizer)}
+        params = self.drawn(max_tokens=self.most_tokens, n=self.n or 1, **told, **form)
         return llm.choices(ids, params)
 
 
@@ -193,7 +199,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Answers a conversation."""
     body.check()
     server = server_of(request)
-    generation = await begin(server, body.model, body.streams, "messages", body.form_field)
+    generation = await begin(server, body.model, body.streams, "messages", body.form_fields)
     if server.settings.log_prompts:
         LOG.info("messages: %s", [message.content for message in body.messages])
     answer = ChatAnswer(body, generation)
@@ -212,7 +218,7 @@ class ChatAnswer:
         self._body, self._generation = body, generation
         most = 1 if body.parallel_tool_calls is False else None
         names = [tool["function"]["name"] for tool in body.offered]
-        self._readers = [ToolReader(names, most) if names else None for _ in generation.streams]
+        self._readers = [ToolReader(names, most, strict=any(body.held)) if names else None for _ in generation.streams]
         self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
         head = {"id": self._id, "object": "chat.completion.chunk", "created": self._created, "model": body.model}
         self._head = b"data: " + dumps(head)[:-1] + b',"choices":[{"index":'

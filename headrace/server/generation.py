@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, TypeVar
@@ -142,15 +142,17 @@ class Generation:
             self._inter_token.observe(seconds / count)
 
 
-async def begin(server: Server, name: str, make: Make, prompt: str = "prompt", form: str = "json_schema") -> Generation:
+async def begin(
+    server: Server, name: str, make: Make, prompt: str = "prompt", forms: Mapping[str, str] | None = None
+) -> Generation:
     """Queues what `make` makes with the loaded model. Raises Problem before anything is computed.
 
-    prompt, form: what the API calls the fields that became the prompt and the form of the answer.
+    prompt, forms: what the API calls the fields that became the prompt and, by theirs here, forms of the answer.
     """
     try:
         return await _begin(server, name, make)
     except HeadraceError as error:
-        names = {**dict.fromkeys(("prompt", "text", "messages"), prompt), "json_schema": form}
+        names = {**dict.fromkeys(("prompt", "text", "messages"), prompt), **(forms or {})}
         raise renamed(problem_of(error), names) from error
 
 

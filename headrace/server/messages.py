@@ -20,7 +20,7 @@ from headrace.server.generation import LOG, Generation, begin, server_of, unless
 from headrace.server.messages_in import flat_text, prompt_of, text_of
 from headrace.server.problems import Problem, unsupported
 from headrace.server.protocol import MOST_STOPS, Body, Refused, StrictRoute
-from headrace.server.tool_choice import call_schema
+from headrace.server.tool_choice import auto_form, call_schema, check_strict
 from headrace.server.tools import Part, ToolReader
 
 router = APIRouter(route_class=StrictRoute)
@@ -38,12 +38,12 @@ class Turn(Body):
 class OfferedTool(Body):
     refused: ClassVar[Refused] = {
         "type": ("only tools with a schema of their own", ("custom",)),
-        "strict": ("only tool_choice any or tool is held to", (False,)),
     }
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,128}$")
     description: str | None = None
     input_schema: dict[str, Any]
+    strict: bool | None = None
     cache_control: dict[str, Any] | None = None
 
     @property
@@ -64,6 +64,19 @@ class ToolChoice(Body):
         return {"any": "required"}.get(self.type, self.type)
 
 
+class OutputFormat(Body):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    refused: ClassVar[Refused] = {"effort": ("the model's own template decides", ())}
+
+    format: OutputFormat | None = None
+
+
 class CountRequest(Body):
     """What makes a prompt. cache_control changes nothing: beginnings are always kept."""
 
@@ -72,8 +85,6 @@ class CountRequest(Body):
         "mcp_servers": ("no network", ([],)),
         "container": ("there are none", ()),
         "context_management": ("nothing is taken out of a conversation", ()),
-        "output_config": ("not known here", ({},)),
-        "output_format": ("not known here", ()),
         "speed": ("there is one", ("standard",)),
         "user_profile_id": (_NOTHING_KEPT, ()),
         "workspace_id": (_NOTHING_KEPT, ()),
@@ -85,6 +96,8 @@ class CountRequest(Body):
     tools: list[OfferedTool] | None = None
     tool_choice: ToolChoice | None = None
     cache_control: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
 
     @property
     def offered(self) -> list[dict[str, Any]]:
@@ -119,15 +132,37 @@ class MessagesRequest(CountRequest):
     metadata: dict[str, Any] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None
 
+    @property
+    def forced_call(self) -> dict[str, Any] | None:
+        """The schema of the call that the answer has to be, if it has to be one."""
+        return call_schema(self.offered, self.tool_choice.as_openai) if self.tool_choice else None
+
+    @property
+    def held(self) -> list[bool]:
+        """Which tools are held to their schemas if the model calls them of itself."""
+        return [bool(tool.strict) and self.forced_call is None for tool in self.tools or () if self.offered]
+
+    @property
+    def form(self) -> tuple[str, dict[str, Any] | None]:
+        """The field that gives the answer a form, and its schema."""
+        told = self.output_config.format if self.output_config else None
+        name, given = ("output_config.format", told) if told else ("output_format", self.output_format)
+        if given is None:
+            return "tools", self.forced_call
+        if self.forced_call is not None:
+            raise unsupported(name, "not together with a tool_choice that makes the model call one")
+        check_strict(name, any(self.held))
+        return name, given.schema_
+
     def streams(self, llm: AsyncLLM) -> list[AsyncStream]:
         """The answer to come."""
         given: dict[str, Any] = {"top_k": self.top_k, "top_p": self.top_p}
-        schema = call_schema(self.offered, self.tool_choice.as_openai) if self.tool_choice else None
         params = SamplingParams(
             max_tokens=self.max_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
             stop=tuple(self.stop_sequences or ()),
-            json_schema=schema,
+            json_schema=self.form[1],
+            **auto_form(self.offered, self.held, llm.llm.tokenizer),
             **{name: value for name, value in given.items() if value is not None},
         )
         return llm.choices(self.prompt_ids(llm), params)
@@ -194,7 +229,8 @@ async def count_tokens(body: CountRequest, request: Request) -> dict[str, int]:
 async def create_message(body: MessagesRequest, request: Request) -> Response:
     """Answers a conversation."""
     server = server_of(request)
-    generation = await begin(server, body.model, body.streams, "messages", "tools")
+    forms = {"json_schema": body.form[0], "grammar": "tools"}
+    generation = await begin(server, body.model, body.streams, "messages", forms)
     if server.settings.log_prompts:
         LOG.info("messages: %s", [turn.content for turn in body.messages])
     answer = MessageAnswer(body, generation)
@@ -212,7 +248,7 @@ class MessageAnswer:
     def __init__(self, body: MessagesRequest, generation: Generation) -> None:
         names = [tool["function"]["name"] for tool in body.offered]
         single = body.tool_choice is not None and body.tool_choice.disable_parallel_tool_use
-        self._reader = ToolReader(names, 1 if single else None) if names else None
+        self._reader = ToolReader(names, 1 if single else None, strict=any(body.held)) if names else None
         self._generation, self._stream = generation, generation.streams[0]
         self._head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": body.model}
 

@@ -17,7 +17,7 @@ from headrace.server.messages_in import flat_text, prompt_of
 from headrace.server.problems import Problem, unsupported
 from headrace.server.protocol import Body, Refused, StrictRoute
 from headrace.server.responses_out import LOGPROBS, ResponseAnswer
-from headrace.server.tool_choice import call_schema
+from headrace.server.tool_choice import auto_form, call_schema, check_strict
 
 router = APIRouter(route_class=StrictRoute)
 _NO_LIMIT = 2**31
@@ -169,8 +169,7 @@ class ResponseRequest(Body):
             raise unsupported("include" if self.include else "top_logprobs", "not together with tools")
         if self.tool_choice not in (None, "auto", "none") and not self.tools:
             raise Problem(400, "tool_choice: only with tools", param="tool_choice", code="invalid_value")
-        if self.forced_call is None and any(tool.strict for tool in self.tools or () if self.offered):
-            raise unsupported("tools.strict", "only where tool_choice makes the model call one")
+        check_strict("text.format" if self.form else None, any(self.held))
 
     @property
     def with_logprobs(self) -> bool:
@@ -191,6 +190,11 @@ class ResponseRequest(Body):
                 raise unsupported("tool_choice", 'only auto, none, required and {"type": "function", "name": ...} are')
             choice = {"type": "function", "function": {"name": choice["name"]}}
         return call_schema(self.offered, choice)
+
+    @property
+    def held(self) -> list[bool]:
+        """Which tools are held to their schemas if the model calls them of itself."""
+        return [bool(tool.strict) and self.forced_call is None for tool in self.tools or () if self.offered]
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -229,6 +233,7 @@ class ResponseRequest(Body):
             top_p=1.0 if self.top_p is None else self.top_p,
             logprobs=(self.top_logprobs or 0) if self.with_logprobs else None,
             **self.form,
+            **auto_form(self.offered, self.held, llm.llm.tokenizer),
         )
         return llm.choices(prompt_of(llm.llm, self.messages, tools=self.offered).ids, params)
 
@@ -253,11 +258,12 @@ async def create_response(body: ResponseRequest, request: Request) -> Response:
     """Answers a text or a conversation."""
     body.check()
     server = server_of(request)
-    form_field = "text.format.schema" if body.forced_call is None else "tools"
-    generation = await begin(server, body.model, body.streams, "input", form_field)
+    forms = {"json_schema": "text.format.schema" if body.forced_call is None else "tools", "grammar": "tools"}
+    generation = await begin(server, body.model, body.streams, "input", forms)
     if server.settings.log_prompts:
         LOG.info("input: %s", body.messages)
-    answer = ResponseAnswer(_echo(body), body.offered, generation, logprobs=body.with_logprobs)
+    strict = any(body.held)
+    answer = ResponseAnswer(_echo(body), body.offered, generation, logprobs=body.with_logprobs, strict=strict)
     if body.stream:
         return EventStream(answer.events(), generation.close, server.settings.keep_alive_s)
     try:

@@ -24,11 +24,17 @@ class ResponseAnswer:
     """Puts what comes into the objects and events of the API. echo: fields of the request that it shows again."""
 
     def __init__(
-        self, echo: dict[str, Any], offered: Sequence[dict[str, Any]], generation: Generation, *, logprobs: bool
+        self,
+        echo: dict[str, Any],
+        offered: Sequence[dict[str, Any]],
+        generation: Generation,
+        *,
+        logprobs: bool,
+        strict: bool,
     ) -> None:
         self._echo, self._generation, self._stream = echo, generation, generation.streams[0]
         names, most = [tool["function"]["name"] for tool in offered], None if echo["parallel_tool_calls"] else 1
-        self._reader = ToolReader(names, most) if names else None
+        self._reader = ToolReader(names, most, strict=strict) if names else None
         self._logprobs, self._items = logprobs, Items()
         self._id, self._created, self._num_events = f"resp_{secrets.token_hex(12)}", int(time.time()), 0
 

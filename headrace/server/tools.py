@@ -12,7 +12,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-_MARKS = (_OPEN, "[TOOL_CALLS]", "<|python_tag|>")
+MARKS = (_OPEN, "[TOOL_CALLS]", "<|python_tag|>")
 _SPACE = " \t\r\n"
 
 
@@ -27,11 +27,14 @@ class Part:
 
 
 class ToolReader:
-    """Reads one answer. names: the functions that were offered; most_calls: what comes after them is left out."""
+    """Reads one answer. names: the functions that were offered; most_calls: what comes after them is left out.
 
-    def __init__(self, names: Collection[str], most_calls: int | None = None) -> None:
+    strict: only what begins with the name is a call, as the grammar of strict tools has it.
+    """
+
+    def __init__(self, names: Collection[str], most_calls: int | None = None, *, strict: bool = False) -> None:
         self.num_calls = 0
-        self._names, self._most_calls = frozenset(names), most_calls
+        self._names, self._most_calls, self._strict = frozenset(names), most_calls, strict
         self._held = ""  # text that may yet turn out to be a mark or a call
         self._scan: CallScan | None = None
         self._shown = False  # any text: plain JSON is a call only at the very beginning
@@ -70,14 +73,14 @@ class ToolReader:
             return self._seek_close()
         if not self._shown and self._begins_json(parts):
             return self._scan is not None
-        at = min((i for i in (self._held.find(mark) for mark in _MARKS) if i >= 0), default=-1)
+        at = min((i for i in (self._held.find(mark) for mark in MARKS) if i >= 0), default=-1)
         if at >= 0:
             self._show(self._held[:at], parts)
-            mark = next(mark for mark in _MARKS if self._held.startswith(mark, at))
+            mark = next(mark for mark in MARKS if self._held.startswith(mark, at))
             self._held = self._held[at + len(mark) :]
             self._in_marks = True
             return True
-        keep = max(_overlap(self._held, mark) for mark in _MARKS)
+        keep = max(_overlap(self._held, mark) for mark in MARKS)
         self._show(self._held[: len(self._held) - keep], parts)
         self._held = self._held[len(self._held) - keep :]
         return False
@@ -89,14 +92,14 @@ class ToolReader:
             rest = rest[1:].lstrip(_SPACE)
         if rest.startswith("{"):
             before = self._held[: len(self._held) - len(rest)]
-            self._held, self._scan = rest, CallScan(before)
+            self._held, self._scan = rest, CallScan(before, name_first=self._strict)
             return True
         return not rest
 
     def _seek_close(self) -> bool:
         rest = self._held.lstrip(_SPACE + "[],;")
         if rest.startswith("{"):
-            self._held, self._scan = rest, CallScan("")
+            self._held, self._scan = rest, CallScan("", name_first=self._strict)
             return True
         if rest.startswith(_CLOSE):
             self._held, self._in_marks = rest[len(_CLOSE) :], False
@@ -149,8 +152,8 @@ class ToolReader:
 class CallScan:
     """Follows one JSON object {"name": ..., "arguments": {...}}, character by character."""
 
-    def __init__(self, before: str) -> None:
-        self.raw = before
+    def __init__(self, before: str, *, name_first: bool = False) -> None:
+        self.raw, self._name_first = before, name_first
         self.name: str | None = None
         self.announced = self.begun = self.closed = self.broken = False
         self._depth, self._in_string, self._escaped = 0, False, False
@@ -212,8 +215,11 @@ class CallScan:
             self._token.append(character)
 
     def _end_key(self) -> None:
+        raw = "".join(self._token)
+        if self._name_first and self._key is None and raw.strip() != '"name"':
+            self.broken = True
         try:
-            self._key = json.loads("".join(self._token))
+            self._key = json.loads(raw)
         except ValueError:
             self.broken = True
         self._token, self._expects_value = [], True

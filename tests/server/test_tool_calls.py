@@ -115,7 +115,6 @@ def test_calls_of_a_response(openai: OpenAI) -> None:
         ("tool_choice", {"type": "web_search"}),
         ("tool_choice", {"type": "function", "name": "rm"}),
         ("tools", [{"type": "web_search"}]),
-        ("tools", [{**FLAT[0], "strict": True}]),
         ("include", ["file_search_call.results"]),
         ("include", ["message.output_text.logprobs"]),
     ],
