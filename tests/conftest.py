@@ -17,9 +17,14 @@ INTERPRETED_CASES = 2  # a kernel of a GPU takes a quarter of a second and more 
 QUICK_EXAMPLES = 20
 
 
+def _on_gpu(config):
+    """Whether they are asked for: `-m gpu`, `-m "gpu and not slow"`."""
+    return config.option.markexpr.split()[:1] == ["gpu"]
+
+
 def pytest_configure(config):
     """Triton's kernels run in its interpreter, unless the tests are those of the GPU: they know when first imported."""
-    if config.option.markexpr != "gpu":
+    if not _on_gpu(config):
         os.environ["TRITON_INTERPRET"] = "1"
         _set_hypothesis(config.option.markexpr)
 
@@ -31,7 +36,7 @@ def pytest_collection_modifyitems(config, items):
     Without a GPU they are skipped.
     """
     _mark_slow(items)
-    if config.option.markexpr == "gpu":
+    if _on_gpu(config):
         why_not = _why_no_gpu()
         for item in items if why_not else ():
             item.add_marker(pytest.mark.skip(reason=why_not))
@@ -45,7 +50,7 @@ def pytest_collection_modifyitems(config, items):
 def pytest_make_collect_report(collector):
     """On a machine with a GPU native code need not be built: files that import it have no tests there."""
     report = yield
-    if report.failed and collector.config.option.markexpr == "gpu" and "_native" in str(report.longrepr):
+    if report.failed and _on_gpu(collector.config) and "_native" in str(report.longrepr):
         report.outcome = "skipped"
         report.longrepr = (str(collector.path), 0, "Skipped: the native extension is not built")
     return report

@@ -33,10 +33,11 @@ def test_every_file_is_collected_without_native_code():
 
 
 @pytest.mark.slow
-def test_without_a_gpu_they_are_skipped_and_say_why():
+@pytest.mark.parametrize("asked", ["gpu", "gpu and not slow"])
+def test_without_a_gpu_they_are_skipped_and_say_why(asked):
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    done = run("-m", "gpu", "-rs", str(FOLDER))
+    done = run("-m", asked, "-rs", str(FOLDER))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "sees no GPU" in done.stdout and "passed" not in done.stdout
 
