@@ -31,7 +31,7 @@ from headrace.talk import ProgressLine, say
 REGRET = "regret"  # the row of all choices together
 _ROOFS_S = 90.0
 _WARM_SHARE, _WARM_S = 0.3, 120.0  # of the time there is, and at most
-_WARM_PROCESSES = 6
+_WARM_PROCESSES = 8
 _MOST_WARM_KEYS = 1 << 21  # of a row that several processes may have in memory at once
 _LEAST_S = 8.0  # with less no row is begun
 _REGRET_S = 45.0  # with less the named cases are not begun

@@ -17,6 +17,8 @@ from headrace.bench.gpu_rows import GpuRow
 from headrace.bench.gpu_targets import OUT_OF_TIME
 
 WORKER = "headrace.bench.gpu_worker"
+# Torch would start as many processes as there are cores for what it compiles, in each of several workers.
+_ENVIRONMENT = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 _TRIES = 4  # of a row, each without one more candidate, or with one more that no graph holds
 _READY_SHARE = 0.6  # of a row's time, after which no further candidate is made ready
 # That a new worker may take to import torch and find the device, beside what a row may take. On a machine that has just
@@ -84,7 +86,7 @@ class Session:
         if self._process is None or not self._process.alive:
             self.close()
             command, environment = module_command(self._worker)
-            self._process = AskedProcess(command, environment)
+            self._process = AskedProcess(command, _ENVIRONMENT | environment)
             self._process.ask({"call": "describe", "device": self._device}, _START_S)
         return self._process
 
