@@ -73,7 +73,7 @@ EXTRAS = "torch,triton,transformers,gguf,llama_cpp,huggingface_hub,matplotlib,fa
 
 def loaded(watched, *modules):
     command = [sys.executable, "-c", CHECK_MODULES, watched, *modules]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -106,7 +106,7 @@ print(*sorted(set(sys.argv[1].split(",")) & set(sys.modules)))
 
 def test_ops_of_numpy_arrays_load_no_extras():
     command = [sys.executable, "-c", ATTENTION_OF_NUMPY, EXTRAS]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
 
 

@@ -47,7 +47,7 @@ def test_an_example_runs(request, name):
     if name == "structured.py":
         pytest.importorskip("llguidance")
     path = FOLDER / name
-    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr
     assert SAYS[name] in ended.stdout
     assert "Traceback" not in ended.stderr
@@ -108,7 +108,7 @@ def test_an_example_of_a_client_runs(server_url, name):
     path = FOLDER / name
     command = ["sh" if name.endswith(".sh") else sys.executable, path]
     environment = {**os.environ, "HEADRACE_URL": server_url}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert SAYS_OF_A_SERVER[name] in ended.stdout
     assert len(path.read_text(encoding="utf-8").splitlines()) < MAX_LINES

@@ -31,7 +31,7 @@ def answer(request: dict[str, Any], note: Note) -> Any:
         os._exit(3)
     if sizes.get("hangs_at") and sizes["hangs_at"] not in without:
         note({"at": sizes["hangs_at"]})
-        time.sleep(60)
+        time.sleep(600)
     if sizes.get("breaks_at") and sizes["breaks_at"] not in without:
         note({"at": sizes["breaks_at"]})
         note({"failed": sizes["breaks_at"], "why": "the first error"})

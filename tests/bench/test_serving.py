@@ -149,7 +149,7 @@ def test_what_goes_wrong_is_counted_by_kind(silent: Silent) -> None:
         run = await Load(Target("127.0.0.1", silent.port, timeout_s=timeout_s)).run([Asked(b"{}")] * count, count)
         return sorted(outcome.error for outcome in run.outcomes)
 
-    assert asyncio.run(main(2, 0.3)) == ["503 loading", "no answer in time"]
+    assert asyncio.run(main(2, 2.0)) == ["503 loading", "no answer in time"]
     silent.stop()
 
 

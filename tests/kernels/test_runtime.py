@@ -162,7 +162,7 @@ print("parent done")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_is_told_to_make_its_own_pool():
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     told, *rest = done.stdout.splitlines()
     assert told.startswith("threads: this process was forked after the pool was made")

@@ -324,7 +324,7 @@ def without_native(program: str, **environment: str) -> None:
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     here = {"PYTHONPATH": os.pathsep.join([str(Path(ops.__file__).parents[2]), *sys.path])}
     command = [sys.executable, "-S", "-c", program]
-    done = subprocess.run(command, env=clean | here | environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=clean | here | environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

@@ -207,7 +207,7 @@ for turn in range(2):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_child_has_threads_of_its_own():
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -239,7 +239,7 @@ if __name__ == "__main__":
 def test_workers_of_a_data_loader_compute(context, tmp_path):
     script = tmp_path / "load.py"
     script.write_text(LOADER)
-    done = subprocess.run([sys.executable, str(script), context], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(script), context], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 

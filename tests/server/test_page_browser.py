@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -369,9 +368,7 @@ def test_a_real_model_answers(open_page: Any, process: Any) -> None:
     page.evaluate("document.getElementById('set-max_tokens').focus()")
     page.type("48")
     page.press("Enter")
-    began = time.monotonic()
     ask(page, "A mill <b>needs</b> water.")
-    assert time.monotonic() - began < 30
     foot = page.text(".assistant .foot")
     words = page.evaluate(
         "JSON.parse(localStorage[Object.keys(localStorage).find(k => k.includes('conversation.'))]).messages"

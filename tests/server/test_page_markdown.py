@@ -217,8 +217,8 @@ def test_a_long_answer_takes_time_in_proportion(page: Any, unit: str) -> None:
     def milliseconds(length: int) -> float:
         return float(page.evaluate(TIMED % (json.dumps(unit), length // len(unit), 200))[0])
 
-    short, long = min(milliseconds(TEXT_LEN) for _ in range(3)), milliseconds(8 * TEXT_LEN)
-    assert long < 24 * short + 100
+    short = min(milliseconds(TEXT_LEN) for _ in range(3))
+    assert any(milliseconds(8 * TEXT_LEN) < 24 * short + 100 for _ in range(3))  # others may want the machine
 
 
 def test_levels_are_bounded(page: Any) -> None:
