@@ -28,7 +28,7 @@ SANITIZED := tests/kernels tests/ops tests/engine \
              tests/weights/test_gguf.py tests/weights/test_gguf_writer.py tests/weights/test_load.py tests/weights/test_quantize.py
 UNSANITIZED := tests/kernels/triton tests/kernels/gluon tests/kernels/test_torch_* tests/ops/test_gpu_* tests/ops/test_device_*
 
-.PHONY: help run test quick check map bench browser sanitize clean
+.PHONY: help run test quick check map bench browser picture sanitize clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | while IFS='|' read -r name text; do printf '  make %-9s %s\n' "$$name" "$$text"; done
@@ -70,6 +70,9 @@ browser: ## chromium for the chat page's tests, from Debian or Ubuntu; needs roo
 	  install() { apt-get install -qq -y --no-install-recommends chromium fonts-dejavu-core >> build/browser.log 2>&1; }; \
 	  install || { apt-get update -qq >> build/browser.log 2>&1 && install; } || \
 	  echo "· chromium could not be installed (build/browser.log): the chat page is not tested in a browser"
+
+picture: $(STAMPS)/installed ## the README's picture of the chat page, anew; while nothing else runs, for it shows the speed
+	@$(BIN)/python tests/server/page_picture.py
 
 # NOTE: -S keeps the editable install out of the way: it would put the plain extension before the sanitized one.
 sanitize: build/sanitize/stamp ## the native code's tests under the address and undefined-behaviour sanitizers
