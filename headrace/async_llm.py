@@ -32,7 +32,7 @@ from headrace.text.token_rules import token_rules
 _DRAIN_PERIOD_S = 0.02
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Update:
     """What has come since the last one: text, which may be empty, and tokens. `finish_reason` comes with the last.
 
@@ -125,11 +125,14 @@ class AsyncStream:
             self.cancel()
 
     def _update(self, count: int, reason: str | None) -> Update:
-        first, pieces = self.num_tokens, list[str]()
-        while self.num_tokens < count and not self._text.stopped:
-            self.num_tokens += 1
-            if reason != "stop" or self.num_tokens < count:  # the token that ended it is no text
-                pieces.append(self._text.push(self.request.token_ids[self.num_tokens - 1]))
+        new_ids = self.request.token_ids[self.num_tokens : count]
+        pieces: list[str] = []
+        for token_id in new_ids[:-1] if reason == "stop" else new_ids:  # the token that ended it is no text
+            pieces.append(self._text.push(token_id))
+            if self._text.stopped:
+                del new_ids[len(pieces) :]
+                break
+        self.num_tokens += len(new_ids)
         if self._text.stopped:
             reason = "stop"
         elif reason == "error" and self.request.error is not None:
@@ -137,16 +140,22 @@ class AsyncStream:
         elif reason and pieces:
             pieces[-1] += self._text.finish()
         self.finish_reason = reason
-        self._shown.append("".join(pieces))
-        return Update(self._shown[-1], self.request.token_ids[first : self.num_tokens], pieces, reason)
+        text = "".join(pieces)
+        self._shown.append(text)
+        return Update(text, new_ids, pieces, reason)
 
 
 class AsyncLLM:
-    """An LLM behind an engine thread. `options` are those of LLM; an open LLM is taken over and must not be used."""
+    """An LLM behind an engine thread. `options` are those of LLM; an open LLM is taken over and must not be used.
 
-    def __init__(self, model: LLM | str | Path = "smollm2", **options: Any) -> None:
+    stream_interval: tokens that an update waits for, after the first one; answers with stop strings do not wait.
+    """
+
+    def __init__(self, model: LLM | str | Path = "smollm2", *, stream_interval: int = 1, **options: Any) -> None:
+        if stream_interval < 1:
+            raise ArgumentError(f"stream_interval: expected 1 or more, got {stream_interval}")
         self.llm = model if isinstance(model, LLM) else LLM(model, **options)
-        self.worker = Worker(self.llm.engine)
+        self.worker = Worker(self.llm.engine, stream_interval)
         self._closing = False
 
     async def __aenter__(self) -> AsyncLLM:

@@ -54,6 +54,7 @@ HELP = {
     "api_key_file": "A file with such keys, one a line.",
     "max_concurrency": "Requests that are computed at once.",
     "max_queue": "Requests that may wait; others get 429.",
+    "stream_interval": "Tokens per event of a stream, after the first: more take less of the CPU.",
     "kv_cache_memory": "What all requests share, such as 4GiB; by default their contexts, at most half of the memory.",
     "cors_origin": "A site whose pages may ask, or *; may be given several times.",
     "tls_cert": "Certificate chain, PEM.",

@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from headrace import LLM, AsyncLLM, HeadraceError, SamplingParams
 from headrace.check.fakes import write_tiny_model
-from headrace.errors import CapacityError, PromptTooLongError
+from headrace.errors import ArgumentError, CapacityError, PromptTooLongError
 from headrace.kv_cache.pages import PagePool
 
 PROMPTS = ["a mill", "the water wheel turns", "x", "headrace " * 9, "tail and race", "the water was high"]
@@ -84,6 +85,23 @@ def test_updates_are_the_completion_piece_by_piece(path: Path, alone: list[str])
             assert [update.finish_reason for update in updates[:-1]] == [None] * (len(updates) - 1)
             assert updates[-1].finish_reason == "length"
 
+    asyncio.run(main())
+
+
+def test_an_interval_makes_fewer_updates_of_the_same_answer(path: Path, alone: list[str]) -> None:
+    async def main() -> None:
+        async with opened(path, stream_interval=7) as llm:
+            updates = [update async for update in llm.stream(PROMPTS[1], PARAMS)]
+            counts = [len(update.token_ids) for update in updates]
+            assert "".join(update.text for update in updates) == alone[1] and sum(counts) == PARAMS.max_tokens
+            assert counts[0] == 1 and min(counts[1:-1]) >= 7  # the first at once
+            stopping = replace(PARAMS, stop=(alone[1][-9:],))
+            stream = llm.stream(PROMPTS[1], stopping)
+            assert len([update async for update in stream]) > len(updates)  # the engine must not go on for long
+            assert stream.text == alone[1].partition(stopping.stop[0])[0]
+
+    with pytest.raises(ArgumentError, match="stream_interval: expected 1 or more, got 0"):
+        AsyncLLM(path, stream_interval=0)
     asyncio.run(main())
 
 

@@ -113,8 +113,7 @@ class Engine:
         """Computes the next step; the requests that got a token from it, or an error; some of them finished now."""
         started = perf_counter()
         self.guesser.prepare(self.scheduler.running, self._pace)
-        answering = sum(request.pending_len == 1 for request in self.scheduler.running)
-        parts = self.scheduler.plan(self._pace.prompt_tokens(answering))
+        parts = self.scheduler.plan(self._pace.prompt_tokens)
         if not parts:
             return []
         rows = [row for part in parts for row in _rows(part)]
@@ -126,7 +125,7 @@ class Engine:
             part.request.add_seconds(seconds)
         self.guesser.learn(parts, tokens, seconds, self._pace)
         answers = sum(part.count <= part.num_draws for part in parts)
-        self._pace.observe(answers, sum(part.count for part in parts) - answers, seconds)
+        self._pace.observe(answers, self.runner.batch.num_tokens - answers, seconds)
         self.scheduler.commit(parts, tokens)
         drawing = [part.request for part in parts if part.num_draws]
         for request in drawing:

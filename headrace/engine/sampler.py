@@ -62,7 +62,7 @@ class Sampler:
 
     def prepare(self, rows: Sequence[Row | None]) -> None:
         """The next run draws from the first rows of its logits, for these; from None and those behind it does not."""
-        self._integers[:, 2] = NOT_DRAWN
+        draws = [NOT_DRAWN] * len(self._late)
         for place, row in enumerate(rows):
             if row is None:
                 continue
@@ -70,7 +70,8 @@ class Sampler:
             if self._requests[place] is not request:
                 self._settle(place, row)
             if not self._late[place]:
-                self._integers[place, 2] = len(request.token_ids) + len(row.ahead)
+                draws[place] = len(request.token_ids) + len(row.ahead)
+        self._integers[:, 2] = draws
 
     def _settle(self, place: int, row: Row) -> None:
         request = row.request

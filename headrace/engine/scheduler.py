@@ -85,15 +85,15 @@ class Scheduler:
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def plan(self, prompt_tokens: int) -> list[Part]:
-        """The next step. While requests answer, prompts get at most `prompt_tokens` of it."""
+    def plan(self, prompt_tokens: Callable[[int], int]) -> list[Part]:
+        """The next step. While so many requests answer, prompts get at most `prompt_tokens(so many)` of it."""
         self._promised = 0
         running = [(request, request.pending_len == 1, 1 + len(request.guesses)) for request in self.running]
-        answering = sum(count for _, answers, count in running if answers)
-        assert answering <= self._step_tokens, f"{answering} tokens for a step of {self._step_tokens}"
-        budget = self._step_tokens - answering
-        if answering:
-            budget = min(budget, prompt_tokens)
+        answering = [count for _, answers, count in running if answers]
+        budget = self._step_tokens - sum(answering)
+        assert budget >= 0, f"{sum(answering)} tokens for a step of {self._step_tokens}"
+        if answering and (self.waiting or len(answering) < len(running)):
+            budget = min(budget, prompt_tokens(len(answering)))
         spare = self._step_outputs - sum(count for _, _, count in running)
         parts = list[Part]()
         for place, (request, answers, count) in enumerate(running):

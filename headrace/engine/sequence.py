@@ -58,7 +58,8 @@ def run_step(runner: Runner | Embedder, pool: PagePool, parts: Sequence[NewToken
         raise
     rest = iter(taken)
     for part, count in zip(parts, missing, strict=True):
-        part.sequence.pages += islice(rest, count)
+        if count:
+            part.sequence.pages += islice(rest, count)
         part.sequence.ids += part.ids
     return logits
 

@@ -56,6 +56,8 @@ class Guesser:
 
     def learn(self, parts: Sequence[Part], tokens: Sequence[Sequence[int]], seconds: float, pace: Pace) -> None:
         """What became of the guesses in a step that took so long."""
+        if not self._known:
+            return
         alone = pace.step_s(len(parts))
         for part, drawn in zip(parts, tokens, strict=True):
             request = part.request

@@ -25,23 +25,41 @@ Result = TypeVar("Result")
 
 
 class Ticket:
-    """A request as its reader sees it. Belongs to the event loop it was made on.
+    """A request as its one reader sees it. Belongs to the event loop it was made on.
 
-    num_tokens, finish_reason: as of the last step. error: what ended it instead. changed: set when any of them changed.
+    state: number of tokens and finish reason, as far as the reader is to know. error: what ended it instead.
+    interval: tokens that make a difference to the reader, once there is one.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, request: Request, interval: int) -> None:
+        self.request, self.interval = request, interval
         self.loop = asyncio.get_running_loop()
-        self.changed = asyncio.Event()
         self.state: tuple[int, str | None] = (0, None)
         self.accepted = False
         self.error: BaseException | None = None
+        self._changed = False
+        self._woken: asyncio.Future[None] | None = None  # an asyncio.Event for many readers takes longer
+
+    def note(self) -> bool:
+        """Takes down how far the request is, if that makes a difference. Whether it does."""
+        (told, _), count, reason = self.state, len(self.request.token_ids), self.request.finish_reason
+        if reason is None and told and count - told < self.interval:
+            return False
+        self.state, self.error = (count, reason), self.request.error
+        return True
+
+    def wake(self) -> None:
+        """Something has changed. To be called on its loop."""
+        self._changed = True
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
 
     async def news(self) -> tuple[int, str | None]:
         """Number of tokens and finish reason, once something has changed. Raises what went wrong."""
-        await self.changed.wait()
-        self.changed.clear()
+        if not self._changed:
+            self._woken = self.loop.create_future()
+            await self._woken
+        self._changed = False
         if self.error is not None:
             raise self.error
         return self.state
@@ -83,10 +101,13 @@ class _Call:
 
 
 class Worker:
-    """Runs steps while there is work, and sleeps otherwise. Its methods may be called from any event loop's thread."""
+    """Runs steps while there is work, and sleeps otherwise. Its methods may be called from any event loop's thread.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    interval: tokens between two news of a request, except where a stop string may end it at any.
+    """
+
+    def __init__(self, engine: Engine, interval: int = 1) -> None:
+        self.engine, self.interval = engine, interval
         self.error: BaseException | None = None  # why it stopped for good
         self.num_steps = 0
         self._tickets: dict[Request, Ticket] = {}
@@ -107,7 +128,8 @@ class Worker:
 
     def add(self, request: Request) -> list[Ticket]:
         """Queues a request; a ticket for it and one for each of its copies. A refusal comes as their error."""
-        tickets = [Ticket(each) for each in (request, *request.copies)]
+        interval = 1 if request.params.stop else self.interval
+        tickets = [Ticket(each, interval) for each in (request, *request.copies)]
         self._tickets.update({ticket.request: ticket for ticket in tickets})
         self._post(partial(self._add, request, tickets))
         return tickets
@@ -207,8 +229,7 @@ class Worker:
         self.num_steps += 1
         for request in requests:
             ticket = self._tickets.get(request)
-            if ticket is not None:
-                ticket.state, ticket.error = (len(request.token_ids), request.finish_reason), request.error
+            if ticket is not None and ticket.note():
                 self._untold.append(ticket)
                 if request.finish_reason:
                     self._tickets.pop(request, None)
@@ -279,7 +300,7 @@ class Worker:
 
 def _wake(tickets: list[Ticket]) -> None:
     for ticket in tickets:
-        ticket.changed.set()
+        ticket.wake()
 
 
 def _unless_left(future: asyncio.Future[Any], settle: Callable[[Any], None], outcome: Any) -> None:

@@ -10,11 +10,13 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.types import Receive, Scope, Send
 
 import headrace
 from headrace.errors import HeadraceError
 from headrace.server import chat, completions, embeddings, messages, responses, status
 from headrace.server.api_page import add_api_page
+from headrace.server.events import DIRECT
 from headrace.server.generation import LOG, Server
 from headrace.server.guard import Guard
 from headrace.server.metrics import Metrics
@@ -28,7 +30,7 @@ def create_app(models: Sequence[str], load: Load, settings: ServerSettings | Non
     """The application for these models. load: makes an AsyncLLM of a model's source; the first begins at the start."""
     settings = settings or ServerSettings()
     registry = Registry(models, load)
-    app = FastAPI(title="headrace", version=headrace.__version__, lifespan=_lifespan, docs_url=None, redoc_url=None)
+    app = _App(title="headrace", version=headrace.__version__, lifespan=_lifespan, docs_url=None, redoc_url=None)
     app.state.server = Server(settings, registry, Metrics(registry))  # type: ignore[arg-type]
     app.state.loading = True
     for part in (chat, completions, embeddings, messages, responses, status):
@@ -50,6 +52,14 @@ def create_app(models: Sequence[str], load: Load, settings: ServerSettings | Non
             CORSMiddleware, allow_origins=list(settings.cors_origin), allow_methods=["*"], allow_headers=["*"]
         )
     return app
+
+
+class _App(FastAPI):
+    """FastAPI's application, which lets streams go past what it puts around every message."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[DIRECT] = send
+        await super().__call__(scope, receive, send)
 
 
 async def drain(app: FastAPI) -> bool:

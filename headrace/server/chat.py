@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -14,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from headrace.async_llm import AsyncLLM, AsyncStream, Update
-from headrace.server.events import DONE, EventStream, data, dumps
+from headrace.server.events import DONE, EventStream, data, dumps, quoted
 from headrace.server.generation import LOG, Generation, begin, server_of, unless_gone
 from headrace.server.logprobs import for_chat
 from headrace.server.messages_in import prompt_of
@@ -330,7 +329,7 @@ class ChatAnswer:
 
 def _delta(part: Part) -> bytes:
     if part.call is None:
-        return b'{"content":' + json.dumps(part.text).encode() + b"}"
+        return b'{"content":' + quoted(part.text) + b"}"
     if part.name is not None:
         function = {"name": part.name, "arguments": ""}
         return dumps({"tool_calls": [{"index": part.call, "id": _call_id(), "type": "function", "function": function}]})

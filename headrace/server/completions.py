@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -15,7 +14,7 @@ from starlette.responses import Response
 
 from headrace.async_llm import AsyncLLM, AsyncStream, Update
 from headrace.engine.answers import likeliest
-from headrace.server.events import DONE, EventStream, data, dumps
+from headrace.server.events import DONE, EventStream, data, dumps, quoted
 from headrace.server.generation import LOG, Generation, begin, server_of, unless_gone
 from headrace.server.logprobs import CompletionLogprobs
 from headrace.server.problems import Problem, unsupported
@@ -163,8 +162,8 @@ class TextAnswer:
 
     def _chunk(self, index: int, text: str, reason: str | None = None) -> bytes:
         ended = b"null" if reason is None else b'"' + reason.encode() + b'"'
-        said = json.dumps(text).encode()
         told = b"null" if self._body.logprobs is None else dumps(self._logprobs(index))
+        said = quoted(text)
         return b'%s%d,"text":%s,"logprobs":%s,"finish_reason":%s}]}\n\n' % (self._begin, index, said, told, ended)
 
     def _text(self, index: int, update: Update) -> str:

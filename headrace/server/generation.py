@@ -58,9 +58,7 @@ class Generation:
         self._first_token_s = 0.0  # until the first choice had a token
         self._speed_told = self._started
         self._closed = False
-        metrics, name = server.metrics, model.name  # found once: it is done for every token
-        self._tokens = metrics.generation_tokens.labels(name)
-        self._first_token, self._inter_token = metrics.first_token.labels(name), metrics.inter_token.labels(name)
+        self._tally = server.metrics.tallies[model.name]
 
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
         """Each update with the number of its choice, as they come."""
@@ -133,13 +131,13 @@ class Generation:
         now = perf_counter()
         seconds, self._last[index] = now - self._last[index], now
         count = len(update.token_ids)
-        self._tokens.inc(count)
+        self._tally.num_tokens += count
         if self.streams[index].num_tokens == count:
-            self._first_token.observe(seconds)
+            self.server.metrics.first_token.labels(self.model.name).observe(seconds)
             if index == 0:
                 self._first_token_s = seconds
         elif count:
-            self._inter_token.observe(seconds / count)
+            self._tally.observe(seconds, count)
 
 
 async def begin(

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from headrace.server.registry import ServedModel
 
@@ -22,10 +26,8 @@ class Metrics:
     def __init__(self, models: Iterable[ServedModel]) -> None:
         self.registry = CollectorRegistry()
         self.first_token = self._histogram("time_to_first_token_seconds", "Until the first token.", _FIRST_TOKEN_S)
-        self.inter_token = self._histogram("inter_token_latency_seconds", "Between two tokens.", _TOKEN_S)
         self.request = self._histogram("e2e_request_latency_seconds", "Of a whole request.", _REQUEST_S)
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts.")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens of answers.")
         self.queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the cache.")
         self.hits = self._counter("prefix_cache_hits", "Prompt tokens found there.")
         self.drafts = self._counter("spec_decode_num_drafts", "Times that tokens were guessed for an answer.")
@@ -35,6 +37,8 @@ class Metrics:
             "spec_decode_num_accepted_tokens_per_pos", "Right guesses by their place.", "position"
         )
         self.finished = self._counter("request_success", "Answers by how they ended.", "finished_reason")
+        self.tallies: defaultdict[str, Tally] = defaultdict(Tally)  # by the model's name
+        self.registry.register(_Tallies(self.tallies))
         self.registry.register(_Gauges(models))
 
     def text(self) -> bytes:
@@ -46,6 +50,42 @@ class Metrics:
 
     def _counter(self, name: str, about: str, *labels: str) -> Counter:
         return Counter(f"vllm:{name}", about, ["model_name", *labels], registry=self.registry)
+
+
+class Tally:
+    """A model's tokens and the times between them. Plain numbers: every token changes them."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self.between_s = 0.0
+        self.num_between = [0] * (len(_TOKEN_S) + 1)  # by the bucket they are in, the last without an end
+
+    def observe(self, seconds: float, count: int) -> None:
+        """So many tokens came at once, so long after those before: each took its share."""
+        self.between_s += seconds
+        self.num_between[bisect_left(_TOKEN_S, seconds / count)] += count
+
+
+class _Tallies:
+    """Tells of tallies as Prometheus wants it: each bucket holds those before it."""
+
+    def __init__(self, tallies: Mapping[str, Tally]) -> None:
+        self._tallies = tallies
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        tokens = CounterMetricFamily("vllm:generation_tokens", "Tokens of answers.", labels=["model_name"])
+        between = HistogramMetricFamily(
+            "vllm:inter_token_latency_seconds", "Between two tokens.", labels=["model_name"]
+        )
+        bounds = [floatToGoString(bound) for bound in (*_TOKEN_S, float("inf"))]
+        for name, tally in self._tallies.items():
+            tokens.add_metric([name], tally.num_tokens)
+            buckets = list(zip(bounds, accumulate(tally.num_between), strict=True))
+            between.add_metric([name], buckets, tally.between_s)
+        yield from (tokens, between)
 
 
 class _Gauges:

@@ -35,7 +35,7 @@ def serve(models: Sequence[str], options: ServeOptions, open_model: Callable[...
         llm = open_model(source, **given)
         _measure_roof(llm)
         LOG.info("%s: loaded in %.1f s, %d pages", source, llm.load_s, llm.engine.pool.num_pages)
-        return AsyncLLM(llm)
+        return AsyncLLM(llm, stream_interval=settings.stream_interval)
 
     app = create_app(models, load, settings)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")

@@ -16,6 +16,7 @@ class ServerSettings:
     """How requests are taken in. Sizes in bytes, times in seconds."""
 
     max_queue: int = DEFAULT_QUEUE
+    stream_interval: int = 1
     max_body_bytes: int = 4 << 20
     max_header_bytes: int = 64 << 10
     header_timeout_s: float = 10.0
@@ -28,7 +29,7 @@ class ServerSettings:
     api_keys: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("max_queue", "max_body_bytes", "max_header_bytes"):
+        for name in ("max_queue", "stream_interval", "max_body_bytes", "max_header_bytes"):
             if getattr(self, name) < 1:
                 raise ArgumentError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         for name in ("header_timeout_s", "body_timeout_s", "keep_alive_s", "drain_timeout_s", "idle_unload_s"):
@@ -60,6 +61,7 @@ class ServeOptions:
     api_key_file: Path | None = None
     max_concurrency: int = 16
     max_queue: int = DEFAULT_QUEUE
+    stream_interval: int = 1
     kv_cache_memory: str | None = None
     cors_origin: tuple[str, ...] = ()
     tls_cert: Path | None = None
@@ -77,6 +79,7 @@ class ServeOptions:
             raise ArgumentError("tls_cert, tls_key: expected both or none")
         return ServerSettings(
             max_queue=self.max_queue,
+            stream_interval=self.stream_interval,
             max_body_bytes=read_bytes("max_body", self.max_body),
             drain_timeout_s=self.drain_timeout,
             idle_unload_s=self.idle_unload,

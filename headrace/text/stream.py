@@ -11,8 +11,8 @@ text, and of those completed by the same character the longest. So the result do
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
+from encodings import utf_8
 
 from headrace.errors import ArgumentError
 from headrace.text.tokenizer import Tokenizer
@@ -41,7 +41,7 @@ class TextStream:
         self._watches = [_StopWatch(text) for text in _checked_stops(stop)]
         self._skip_special = skip_special
         self._at_start = not continues
-        self._characters = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._characters = utf_8.IncrementalDecoder("replace")
         self._held = ""
         self.matched: str | None = None  # the stop string that ended the text
 
@@ -57,6 +57,8 @@ class TextStream:
         new_bytes, self._at_start = self._tokenizer.shown_bytes(
             token_id, at_start=self._at_start, skip_special=self._skip_special
         )
+        if new_bytes.isascii() and not self._characters.buffer:  # most tokens
+            return self._release(new_bytes.decode())
         return self._release(self._characters.decode(new_bytes))
 
     def finish(self) -> str:

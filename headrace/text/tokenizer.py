@@ -138,7 +138,7 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The exact bytes of one token; a control token stands for its name."""
-        if not 0 <= token_id < self.vocab_size:
+        if not 0 <= token_id < len(self._vocabulary.tokens):
             raise ArgumentError(f"token id: expected 0 to {self.vocab_size - 1}, got {token_id!r}")
         return self._cached_bytes(int(token_id))
 
@@ -153,7 +153,7 @@ class Tokenizer:
 
         The start matters where `encode` put a space before the text (SentencePiece): there it is taken off again.
         """
-        if token_id in self.special_ids:
+        if token_id in self._vocabulary.special_ids:
             return (b"" if skip_special else self.token_bytes(token_id)), True
         piece = self.token_bytes(token_id)
         return (piece.removeprefix(b" ") if at_start and self.adds_space_prefix else piece), False

@@ -55,7 +55,7 @@ class Model:
         for each in self.scheduler.running:
             each.guesses = guess(each) if each.pending_len == 1 else []
         before = list(self.scheduler.running)
-        parts = self.scheduler.plan(prompt_tokens)
+        parts = self.scheduler.plan(lambda _: prompt_tokens)
         self.check_fair(before, parts)
         assert sum(part.count for part in parts) <= self.step_tokens and len(parts) <= self.step_requests
         assert len({part.request for part in parts}) == len(parts)

@@ -1,4 +1,4 @@
-"""/metrics: what guesses came to, in the names of vLLM's dashboards."""
+"""/metrics: tokens, the times between them, and what guesses came to, in the names of vLLM's dashboards."""
 
 from __future__ import annotations
 
@@ -23,3 +23,21 @@ def test_accepted_lengths_are_told(client: TestClient) -> None:
     by_place = values(client, "spec_decode_num_accepted_tokens_per_pos")
     assert 0 < drafts <= guessed <= 5 * drafts and sum(by_place.values()) == accepted <= guessed
     assert list(by_place.values()) == sorted(by_place.values(), reverse=True)
+
+
+def test_every_token_is_counted_and_timed(client: TestClient) -> None:
+    def told() -> tuple[float, float, list[float]]:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        [between] = [family for family in families if family.name == "vllm:inter_token_latency_seconds"]
+        buckets = [sample.value for sample in between.samples if sample.name.endswith("_bucket")]
+        [count] = [sample.value for sample in between.samples if sample.name.endswith("_count")]
+        [seconds] = [sample.value for sample in between.samples if sample.name.endswith("_sum")]
+        return count, seconds, buckets
+
+    asked = {"model": "tiny", "prompt": "to be", "max_tokens": 60, "ignore_eos": True}
+    client.post("/v1/completions", json=asked)
+    [tokens], (count, seconds, _) = values(client, "generation_tokens").values(), told()
+    client.post("/v1/completions", json=asked)
+    [more_tokens], (more_count, more_seconds, buckets) = values(client, "generation_tokens").values(), told()
+    assert more_tokens - tokens == 60 and 0 < more_count - count < 60  # the first ones came after nothing
+    assert more_seconds > seconds and buckets == sorted(buckets) and buckets[-1] == more_count
