@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +23,7 @@ def wrapped(value: Any) -> Any:
     """An argument as the kernel sees it."""
     if isinstance(value, np.ndarray):
         return Pointer(value.reshape(-1), np.int64(0))
-    if value is None or isinstance(value, (bool, str, Descriptor)):
+    if value is None or isinstance(value, (bool, str, Descriptor)) or is_dataclass(value):
         return value
     return Tensor(np.float32(value) if isinstance(value, float) else np.int64(value))
 
@@ -95,6 +96,7 @@ class Descriptor:
     def __init__(self, array: np.ndarray, block_shape: Sequence[int]) -> None:
         self.array, self.block_shape = array, list(block_shape)
         self.dtype = array.dtype.type
+        self.block_type = SimpleNamespace(shape=self.block_shape)
 
     def box(self, place: Sequence[int]) -> np.ndarray:
         """The box that begins there."""
@@ -137,12 +139,21 @@ def _layout(*_: Any, **__: Any) -> None:
     return None
 
 
+def _assembly(text: str, constraints: str, operands: Sequence[Any], **_: Any) -> Tensor:
+    """What kernels say in the machine's own words: an unknown zero, and a division."""
+    if text.startswith("mov.u32 $0, 0"):
+        return Tensor(np.int64(0))
+    assert text.startswith("div.approx"), f"not simulated: {text}"
+    return Tensor(raw(operands[0]) / raw(operands[1]))
+
+
 FUNCTIONS: dict[str, Any] = {
     "load": _load,
     "store": _store,
     "where": _elementwise(np.where),
     "minimum": _elementwise(np.minimum),
     "maximum": _elementwise(np.maximum),
+    "abs": _elementwise(np.abs),
     "exp2": _elementwise(np.exp2),
     "log2": _elementwise(np.log2),
     "max": lambda value, axis: Tensor(raw(value).max(axis)),
@@ -154,7 +165,7 @@ FUNCTIONS: dict[str, Any] = {
     "to_tensor": lambda value: Tensor(value),
     "convert_layout": lambda value, layout: value,
     "static_range": lambda *ends: range(*(int(raw(end)) for end in ends)),
-    "inline_asm_elementwise": lambda *_, **__: Tensor(np.int64(0)),  # unknown_zero, the one there is
+    "inline_asm_elementwise": _assembly,
     "int32": np.int32,
     "int64": np.int64,
     "float32": np.float32,

@@ -5,6 +5,9 @@ They take fewer options than Triton's, which stand behind them: what a request a
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from headrace.gpu_machine import LAUNCH_SECONDS, Gpu
 from headrace.machine import KernelSpeed
 from headrace.ops.per_gpu import gpu_kernel, gpu_plan, tiled_plan
@@ -16,12 +19,16 @@ _PORTABLE = "Triton's kernels take it"
 _ATTENTION_SPEED = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.82, read=0.85)
 _MLA_SPEED = KernelSpeed(2 * LAUNCH_SECONDS, arithmetic=0.76, read=0.9)
 _ATTENTION_ROWS = 128
+_ATTENTION_DIMS = ((64, 64), (128, 128), (192, 128), (256, 256))
+_ATTENTION_LACKS = ("mask", "first_keys", "last_keys", "key_scales", "value_scales")
+_MOST_PACKED = 64  # heads that lie in one tile
+_MOST_TOKENS = 2**29  # positions are counted in 32 bits
 _MLA_MOST_ROWS = 1 << 20  # its work list is made by one program
 _MLA_TILE, _MLA_KEY_DIM, _MLA_VALUE_DIM, _MLA_BLOCK = 64, 576, 512, 64
 
 
 def kernels() -> tuple[Kernel, ...]:
-    """In front of the portable ones."""
+    """Of dense and ragged attention, in front of the portable ones."""
     return (
         gpu_kernel(
             "gluon_attention",
@@ -31,6 +38,12 @@ def kernels() -> tuple[Kernel, ...]:
             arches=("sm_90",),
             speed=_ATTENTION_SPEED,
         ),
+    )
+
+
+def latent_kernels() -> tuple[Kernel, ...]:
+    """Of latent attention alone."""
+    return (
         gpu_kernel(
             "gluon_mla",
             "headrace.kernels.gluon.mla_attention",
@@ -43,14 +56,17 @@ def kernels() -> tuple[Kernel, ...]:
 
 
 def why_not_attention(request: Request) -> list[Reason]:
-    """Dense calls in 16 bits with heads of 64 or 128, causal or not."""
-    query = request.shapes["query"]
-    if request.op != "attention" or len(query) != 4:
-        return [Reason("layout", _layout(request), "dense keys, [batch, tokens, heads, head_dim]", _PORTABLE)]
-    dims = (query[-1], request.shapes["value"][-1])
-    if dims not in ((64, 64), (128, 128)):
-        return [Reason("head_dim and value_dim", str(dims), "64 or 128, both alike", _PORTABLE)]
-    return _why_not_types(request) or _why_not_options(request)
+    """Dense and ragged calls in 16 bits with heads of the usual sizes; every option but masks."""
+    if request.op != "attention":
+        return [Reason("layout", request.op, "dense or ragged keys", "kernels of paged attention take pages")]
+    dims = (request.shapes["query"][-1], request.shapes["value"][-1])
+    if dims not in _ATTENTION_DIMS:
+        wanted = "64, 128, 256, both alike, or 192 and 128"
+        return [Reason("head_dim and value_dim", str(dims), wanted, _PORTABLE)]
+    tokens = max(math.prod(request.shapes[name][:-2]) for name in ("query", "key"))
+    if tokens >= _MOST_TOKENS:
+        return [Reason("tokens", str(tokens), f"less than {_MOST_TOKENS}", "several calls, merged")]
+    return _why_not_types(request) or _why_not_given(request, _ATTENTION_LACKS)
 
 
 def why_not_mla(request: Request) -> list[Reason]:
@@ -71,10 +87,6 @@ def why_not_mla(request: Request) -> list[Reason]:
     return _why_not_types(request) or _why_not_options(request)
 
 
-def _layout(request: Request) -> str:
-    return "ragged keys" if request.op == "attention" else request.op
-
-
 def _why_not_types(request: Request) -> list[Reason]:
     query, key = request.dtypes["query"], request.dtypes["key"]
     if query not in TYPES:
@@ -88,10 +100,13 @@ def _why_not_types(request: Request) -> list[Reason]:
     return []
 
 
+def _why_not_given(request: Request, names: Sequence[str]) -> list[Reason]:
+    return [Reason(name, "given", "none", _PORTABLE) for name in names if name in request.shapes][:1]
+
+
 def _why_not_options(request: Request) -> list[Reason]:
-    for name in ("mask", "sinks", "alibi_slopes", "first_keys", "last_keys", "key_scales"):
-        if name in request.shapes:
-            return [Reason(name, "given", "none", _PORTABLE)]
+    if given := _why_not_given(request, (*_ATTENTION_LACKS, "sinks", "alibi_slopes")):
+        return given
     if request.options["window"][0] is not None:
         return [Reason("window", str(request.options["window"]), "no bound on the left", _PORTABLE)]
     if request.options["softcap"] is not None:
@@ -100,8 +115,13 @@ def _why_not_options(request: Request) -> list[Reason]:
 
 
 def _attention_plan(request: Request, gpu: Gpu) -> Plan:
-    """A tile of 128 rows of one head for each program, however few there are."""
-    return tiled_plan(request, gpu, rows=_ATTENTION_ROWS)
+    """A tile of 128 rows for each program: of one head, or of the heads of a KV head where their number is even."""
+    group = request.shapes["query"][-2] // request.shapes["key"][-2]
+    one = tiled_plan(request, gpu, rows=_ATTENTION_ROWS)
+    if group & (group - 1) or group > _MOST_PACKED:
+        return one
+    packed = tiled_plan(request, gpu, rows=_ATTENTION_ROWS, packed=True)
+    return packed if packed.padding < one.padding else one
 
 
 def _mla_plan(request: Request, gpu: Gpu) -> Plan:

@@ -1,7 +1,7 @@
 """The GPU's kernels of latent attention: what each can do, and how it goes about it.
 
 triton_mla reads a cached row once for scores and values, takes every option and any type. Those of one generation alone
-stand beside it (gpu_hopper.py).
+stand in front of it (gpu_hopper.py).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from headrace.kernels import mla_tiles
 from headrace.kernels.chips import chip_like
 from headrace.kernels.mla_tiles import Division
 from headrace.machine import KernelSpeed
+from headrace.ops.gpu_hopper import latent_kernels
 from headrace.ops.per_gpu import gpu_kernel
 from headrace.ops.select import Kernel, Plan, Reason, Request
 
@@ -26,7 +27,8 @@ _ARITHMETIC = {"float16": "fp16", "bfloat16": "bf16"}
 @functools.cache
 def kernels() -> tuple[Kernel, ...]:
     """Best first."""
-    return (gpu_kernel("triton_mla", "headrace.kernels.triton.mla_attention", why_not_mla, mla_plan, speed=_SPEED),)
+    portable = gpu_kernel("triton_mla", "headrace.kernels.triton.mla_attention", why_not_mla, mla_plan, speed=_SPEED)
+    return (*latent_kernels(), portable)
 
 
 def why_not_mla(request: Request) -> list[Reason]:

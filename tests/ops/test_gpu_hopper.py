@@ -7,9 +7,10 @@ import pytest
 from headrace.check.attention_batch import attention_batch
 from headrace.check.attention_cases import dense, heads, paged, ragged
 from headrace.check.attention_expected import prepared
-from headrace.ops.gpu_hopper import kernels
+from headrace.ops.attention_request import kernels_of
+from headrace.ops.gpu_hopper import kernels, latent_kernels
 
-ATTENTION, MLA = kernels()
+[ATTENTION], [MLA] = kernels(), latent_kernels()
 LATENT = heads(16, 1, 576, 512)
 
 
@@ -24,24 +25,40 @@ def reasons(kernel, case, dtype="bfloat16", op=None, **options):
     return [reason.predicate for reason in kernel.why_not(request_of(case, dtype, op, **options))]
 
 
-def test_attention_takes_dense_calls_in_16_bits():
-    for dim in (64, 128):
+def test_attention_takes_calls_in_16_bits():
+    for dims in ((64, 64), (128, 128), (192, 128), (256, 256)):
         for dtype in ("float16", "bfloat16"):
-            assert not reasons(ATTENTION, dense("plain", 2, 9, 9, **heads(4, 2, dim, dim)), dtype)
+            assert not reasons(ATTENTION, dense("plain", 2, 9, 9, **heads(4, 2, *dims)), dtype)
+            assert not reasons(ATTENTION, ragged("ragged", (3, 9), (3, 9), **heads(4, 2, *dims)), dtype)
     assert not reasons(ATTENTION, dense("cut", 2, 9, 9, key_lens=(9, 5)), deterministic=True)
+
+
+def test_attention_takes_every_option_but_masks():
+    options = {"window": (3, 2), "softcap": 9.0, "sinks": True, "alibi": "heads", "align": "top_left", "causal": False}
+    assert not reasons(ATTENTION, dense("all", 1, 5, 5, **options))
+    assert not reasons(ATTENTION, ragged("all", (5,), (5,), **options))
+
+
+def test_a_list_of_kernels_has_none_that_never_runs_there():
+    assert "gluon_mla" not in {kernel.name for kernel in kernels_of("attention")}
+    assert [kernel.name for kernel in kernels_of("mla_attention")[:2]] == ["gluon_mla", "triton_mla"]
+
+
+def test_few_tokens_fill_tiles_with_the_heads_that_read_the_same_keys():
+    from headrace.gpu_machine import gpu_of
+
+    few = request_of(ragged("few", (16,) * 4, (900,) * 4, **heads(32, 4, 128, 128)))
+    assert ATTENTION.planned(few, gpu_of("sm_90")).padding == 1
+    odd = request_of(ragged("few", (16,) * 4, (900,) * 4, **heads(21, 3, 128, 128)))
+    assert ATTENTION.planned(odd, gpu_of("sm_90")).padding == 8
 
 
 @pytest.mark.parametrize(
     "predicate,case,options",
     [
-        ("layout", ragged("ragged", (3,), (3,)), {}),
         ("layout", paged("paged", (1,), (5,)), {}),
         ("head_dim and value_dim", dense("narrow", 1, 5, 5, **heads(2, 1, 80, 80)), {}),
         ("mask", dense("mask", 1, 5, 5, mask="float", causal=False), {}),
-        ("sinks", dense("sinks", 1, 5, 5, sinks=True), {}),
-        ("alibi_slopes", dense("alibi", 1, 5, 5, alibi="heads"), {}),
-        ("window", dense("window", 1, 5, 5, window=(3, None)), {}),
-        ("softcap", dense("softcap", 1, 5, 5, softcap=9.0), {}),
         ("precision", dense("exact", 1, 5, 5), {"precision": "exact"}),
     ],
 )

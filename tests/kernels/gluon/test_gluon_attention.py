@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from headrace.check.attention_batch import attention_batch, reference, straightforward
-from headrace.check.attention_cases import dense, heads
-from headrace.check.attention_expected import assert_close, assert_kernel_holds
+from headrace.check.attention_cases import dense, heads, ragged
+from headrace.check.attention_expected import assert_close, assert_kernel_holds, prepared
 from headrace.check.compare import ROUNDING, poisoned
 from headrace.check.gluon_memory import OutOfOrder
 from headrace.check.gluon_simulator import Deadlock, Simulated, Simulation
@@ -26,6 +26,29 @@ CASES = (
     dense("cut_lengths", 3, 70, 300, **heads(2, 1), key_lens=(300, 131, 0)),
     dense("cut_lengths_wide", 2, 70, 200, **heads(1, 1, 128, 128), key_lens=(129, 5), causal=False),
     dense("heads_first", 2, 130, 150, **heads(2, 1), layout="heads_first"),
+    dense("packed", 2, 40, 150, **heads(8, 2), key_lens=(150, 21)),
+    dense("packed_of_six", 1, 70, 140, **heads(6, 1)),
+    dense("window", 1, 200, 460, **heads(1, 1), window=(140, None)),
+    dense("window_of_one", 1, 130, 260, **heads(1, 1), window=(0, None)),
+    dense("both_sides", 2, 150, 400, **heads(2, 2), causal=False, window=(129, 60)),
+    dense("window_before_all_keys", 1, 140, 20, **heads(1, 1), causal=False, window=(None, 9), align="top_left"),
+    dense("window_past_the_keys", 1, 300, 130, **heads(1, 1), causal=False, window=(20, 5), align="top_left"),
+    dense("window_cut", 2, 70, 300, **heads(1, 1), window=(100, None), key_lens=(150, 290)),
+    dense("capped", 1, 100, 200, **heads(2, 2), softcap=2.0),
+    dense("capped_high", 1, 20, 140, **heads(1, 1), softcap=50.0, causal=False),
+    dense("sloped", 2, 70, 200, **heads(4, 2), alibi="requests"),
+    dense("sunk", 2, 40, 70, **heads(4, 2), sinks=True, key_lens=(70, 0)),
+    dense("latent_prompt", 2, 100, 200, **heads(2, 2, 192, 128), key_lens=(200, 77)),
+    dense("wide", 1, 100, 140, **heads(2, 1, 256, 256)),
+    dense("wide_cut", 2, 70, 140, **heads(1, 1, 256, 256), key_lens=(140, 37), window=(50, None)),
+    ragged("ragged_self", (40, 0, 7, 190), (40, 0, 7, 190), **heads(2, 2)),
+    ragged("ragged_cross", (40, 3, 0, 1, 130), (7, 140, 20, 260, 0), **heads(4, 2), causal=False),
+    ragged("ragged_packed", (5, 33, 0, 70, 1), (300, 33, 0, 129, 128), **heads(8, 1)),
+    ragged("ragged_window", (150, 70), (150, 260), **heads(2, 1), window=(100, None)),
+    ragged("ragged_top_left", (30, 150), (150, 30), **heads(1, 1), align="top_left"),
+    ragged("ragged_everything", (33, 2, 60), (90, 170, 60), **heads(8, 2), softcap=30.0, sinks=True, alibi="requests"),
+    ragged("ragged_latent_prompt", (20, 60), (20, 150), **heads(2, 2, 192, 128)),
+    ragged("ragged_nothing", (0, 0), (5, 0), **heads(1, 1)),
 )
 
 
@@ -37,13 +60,21 @@ def simulated(case, batch, monkeypatch, *, programs=3, seed=0, eagerness=0.5):
     guarded = Guarded("cpu")
     out, lse = poisoned(case.out_shape, str(batch["query"].dtype)), poisoned(case.out_shape[:-1], "float32")
     given = guarded.tensors({**batch, "out": out, "lse": lse})
-    options = AttentionOptions(causal=batch["causal"], align=batch["align"], scale=case.head_dim**-0.5)
-    gluon.run(given, options.native())
+    names = ("causal", "align", "window", "softcap")
+    options = AttentionOptions(scale=case.head_dim**-0.5, **{name: batch[name] for name in names})
+    call = prepared({name: given.get(name, value) for name, value in batch.items()})
+    gluon.run(call.arrays | {"out": given["out"], "lse": given["lse"]}, options.native())
     guarded.assert_untouched()
     return AttentionResult(as_numpy(given["out"]), as_numpy(given["lse"])), kernel.steps
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# Of each way through the kernel one; the others are slow.
+QUICK = ("one", "tile_edges", "diagonal_off_the_tiles", "not_causal", "top_left", "cut_lengths_wide", "packed_of_six")
+QUICK += ("window_of_one", "capped_high", "ragged_top_left", "ragged_everything", "ragged_nothing")
+SIMULATED = [pytest.param(case, marks=() if case.name in QUICK else pytest.mark.slow, id=case.name) for case in CASES]
+
+
+@pytest.mark.parametrize("case", SIMULATED)
 def test_simulated_it_is_within_budget(case, monkeypatch):
     dtype = "bfloat16" if case.name == "tile_edges" else "float16"
     batch = attention_batch(case, dtype, dtype)

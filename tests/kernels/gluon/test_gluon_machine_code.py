@@ -18,8 +18,9 @@ import importlib, json, re, sys
 from headrace.check.compiled import compiled, dumped, resources, waits_added
 letters = {"HGMMA": "P", "WARPGROUP.DEPBAR": "W", "MUFU.EX2": "E"}
 found = {}
-for name in ("mla_attention", "attention"):
-    variant = importlib.import_module(f"headrace.kernels.gluon.{name}").variants()[-1]
+for name, wanted in (("mla_attention", "fp16"), ("attention", "fp16 d128 lens")):
+    variants = importlib.import_module(f"headrace.kernels.gluon.{name}").variants()
+    variant = next(each for each in variants if each.name == wanted)
     binary = compiled(variant, "sm_90")
     order = re.findall("HGMMA|WARPGROUP.DEPBAR|MUFU.EX2", dumped(binary.asm["cubin"], "-sass"))
     found[name] = [binary.asm["ptx"], *resources(binary), waits_added(binary), binary.metadata.shared]
@@ -52,17 +53,22 @@ kernels = {"_mla_kernel": mla_attention, "_plan_kernel": mla_plan, "_merge_kerne
            "_attention_kernel": attention}
 for name, module in kernels.items():
     setattr(module, name, Compiles(getattr(module, name)))
-options = {"scale": 0.1, "window_right": 0, "window_left": -1, "top_left": False}
+options = {"scale": 0.1, "window_right": 0, "window_left": -1, "top_left": False, "softcap": 0.0}
 integers = lambda *shape: torch.zeros(*shape, dtype=torch.int32)
 numbers = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)
 for tokens, requests, pages in ((5, 5, 80), (32, 16, 33)):
     mla_attention.run({"query": numbers(tokens, 16, 576), "key": numbers(pages, 64, 1, 576),
         "page_table": integers(requests, 3), "key_lens": integers(requests), "query_starts": integers(requests + 1),
         "out": numbers(tokens, 16, 512), "lse": torch.zeros(tokens, 16)}, options)
-for batch, rows, keys, heads, kv_heads in ((1, 1, 7, 1, 1), (2, 300, 1024, 8, 2)):
+for batch, rows, keys, heads, kv_heads in ((1, 1, 7, 1, 1), (2, 500, 1024, 8, 2)):
     attention.run({"query": numbers(batch, rows, heads, 64), "key": numbers(batch, keys, kv_heads, 64),
         "value": numbers(batch, keys, kv_heads, 64), "out": numbers(batch, rows, heads, 64),
         "lse": torch.zeros(batch, rows, heads)}, options)
+for tokens, requests, heads in ((7, 1, 8), (300, 5, 16)):
+    attention.run({"query": numbers(tokens, heads, 64), "key": numbers(tokens, heads // 4, 64),
+        "value": numbers(tokens, heads // 4, 64), "out": numbers(tokens, heads, 64), "lse": torch.zeros(tokens, heads),
+        "query_starts": integers(requests + 1), "key_starts": integers(requests), "key_lens": integers(requests)},
+        options)
 found = {}
 for name, module in kernels.items():
     made = getattr(module, name).made
@@ -137,5 +143,5 @@ def test_calls_compile_and_one_binary_serves_many_sizes():
         "_plan_kernel": [2, 2, False],  # for 8 and for 16 requests
         "_mla_kernel": [2, 1, True],
         "_merge_kernel": [2, 1, True],
-        "_attention_kernel": [2, 1, False],
+        "_attention_kernel": [4, 2, False],  # dense and ragged
     }
