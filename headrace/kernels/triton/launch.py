@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
+from triton.runtime import cache, interpreter
 
 from headrace.gpu_machine import arch_of_gpu
 from headrace.kernels.chips import chip_like
+from headrace.kernels.triton import compiler_key
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -61,6 +62,8 @@ def _once(patch: Callable[..., Any]) -> Callable[..., Any]:
 if INTERPRETED:
     interpreter._patch_lang_tensor = _indexed(interpreter._patch_lang_tensor)
     interpreter._patch_lang = _once(interpreter._patch_lang)
+else:
+    compiler_key.remember(cache)
 
 
 @triton.jit
