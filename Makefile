@@ -71,7 +71,7 @@ browser: ## chromium for the chat page's tests, from Debian or Ubuntu; needs roo
 	  install || { apt-get update -qq >> build/browser.log 2>&1 && install; } || \
 	  echo "· chromium could not be installed (build/browser.log): the chat page is not tested in a browser"
 
-picture: $(STAMPS)/installed ## the README's picture of the chat page, anew; while nothing else runs, for it shows the speed
+picture: $(STAMPS)/test-installed ## the README's picture of the chat page, anew; while nothing else runs, for it shows the speed
 	@$(BIN)/python tests/server/page_picture.py
 
 # NOTE: -S keeps the editable install out of the way: it would put the plain extension before the sanitized one.

@@ -6,6 +6,7 @@ the whole one. `bytes` are always its own.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 from headrace.async_llm import AsyncStream, Update
@@ -32,6 +33,41 @@ def _entry(tokenizer: Tokenizer, token: int, logprob: float, text: str | None) -
 
 def _text(raw: bytes) -> str:
     return raw.decode(errors="replace")
+
+
+class TextLogprobs:
+    """Those of an answer's text where calls are taken out of it. A token on the border has the text that is shown."""
+
+    def __init__(self) -> None:
+        self._waiting = deque[tuple[int, dict[str, Any]]]()  # where in the answer a token begins, its entry
+        self._num_read = self._shown_from = self._shown_to = 0
+
+    def add(self, entries: list[dict[str, Any]]) -> None:
+        """Takes those of tokens in the order they came."""
+        for entry in entries:
+            self._waiting.append((self._num_read, entry))
+            self._num_read += len(entry["token"])
+
+    def take(self, text: str, end: int) -> list[dict[str, Any]]:
+        """Those of the tokens that end within a text, which ends there in the answer."""
+        if self._shown_to != end - len(text):
+            self._shown_from = end - len(text)
+        self._shown_to = end
+        told = []
+        while self._waiting and self._waiting[0][0] + len(self._waiting[0][1]["token"]) <= end:
+            start, entry = self._waiting.popleft()
+            hidden = max(0, self._shown_from - start)
+            if not hidden or hidden < len(entry["token"]):
+                told.append({**entry, "token": entry["token"][hidden:]})
+        return told
+
+    def rest(self) -> list[dict[str, Any]]:
+        """That of a token whose end is shown no more."""
+        start, entry = self._waiting[0] if self._waiting else (self._shown_to, {})
+        if start >= self._shown_to or self._shown_from == self._shown_to:
+            return []
+        hidden, self._shown_from = max(0, self._shown_from - start), self._shown_to
+        return [{**entry, "token": entry["token"][hidden : self._shown_to - start]}]
 
 
 class CompletionLogprobs:

@@ -165,8 +165,6 @@ class ResponseRequest(Body):
         others = [name for name in self.include or () if name != LOGPROBS]
         if others:
             raise unsupported("include", f"{others[0]!r:.60}, only {LOGPROBS} is")
-        if self.with_logprobs and self.offered:
-            raise unsupported("include" if self.include else "top_logprobs", "not together with tools")
         if self.tool_choice not in (None, "auto", "none") and not self.tools:
             raise Problem(400, "tool_choice: only with tools", param="tool_choice", code="invalid_value")
         check_strict("text.format" if self.form else None, any(self.held))

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from headrace.async_llm import Update
 from headrace.server.events import dumps, named
 from headrace.server.generation import Generation
-from headrace.server.logprobs import for_chat
+from headrace.server.logprobs import TextLogprobs, for_chat
 from headrace.server.problems import Problem
 from headrace.server.tools import Part, ToolReader
 
@@ -35,7 +35,7 @@ class ResponseAnswer:
         self._echo, self._generation, self._stream = echo, generation, generation.streams[0]
         names, most = [tool["function"]["name"] for tool in offered], None if echo["parallel_tool_calls"] else 1
         self._reader = ToolReader(names, most, strict=strict) if names else None
-        self._logprobs, self._items = logprobs, Items()
+        self._logprobs, self._scores, self._items = logprobs, TextLogprobs(), Items()
         self._id, self._created, self._num_events = f"resp_{secrets.token_hex(12)}", int(time.time()), 0
 
     async def whole(self) -> Response:
@@ -54,8 +54,7 @@ class ResponseAnswer:
 
     async def _item_events(self) -> AsyncIterator[Event]:
         async for _, update in self._generation.updates():
-            told = for_chat(self._generation.model.loaded.llm.tokenizer, self._stream, update) if self._logprobs else []
-            for part in self._parts(update):
+            for part, told in self._told(update):
                 if part != Part() or told:
                     for event in self._items.take(part, told):
                         yield event
@@ -65,11 +64,21 @@ class ResponseAnswer:
         for event in self._items.end(self._status):
             yield event
 
-    def _parts(self, update: Update) -> list[Part]:
+    def _told(self, update: Update) -> Iterator[tuple[Part, list[dict[str, Any]]]]:
+        """The parts of an update, and the logprobs that are told with them."""
+        entries: list[dict[str, Any]] = []
+        if self._logprobs:
+            entries = for_chat(self._generation.model.loaded.llm.tokenizer, self._stream, update)
         if self._reader is None:
-            return [Part(update.text)]
-        parts = self._reader.push(update.text)
-        return parts + self._reader.finish() if update.finish_reason else parts
+            yield Part(update.text), entries
+            return
+        self._scores.add(entries)
+        for part in self._reader.push(update.text) + (self._reader.finish() if update.finish_reason else []):
+            if part.name is not None:
+                yield Part(), self._scores.rest()
+            yield part, [] if part.call is not None else self._scores.take(part.text, part.end)
+        if update.finish_reason:
+            yield Part(), self._scores.rest()
 
     @property
     def _status(self) -> str:

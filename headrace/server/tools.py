@@ -9,21 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
-MARKS = (_OPEN, "[TOOL_CALLS]", "<|python_tag|>")
+_CLOSE = "</tool_call>"
+MARKS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 _SPACE = " \t\r\n"
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of an answer: text, or of call number `call` its name (once, first) or a piece of its arguments."""
+    """A piece of an answer: text, or of call number `call` its name (once, first) or a piece of its arguments.
+
+    end: of a text, how many characters of the answer there are up to its end.
+    """
 
     text: str = ""
     call: int | None = None
     name: str | None = None
     arguments: str = ""
+    end: int = field(default=0, compare=False)
 
 
 class ToolReader:
@@ -38,7 +42,10 @@ class ToolReader:
         self._held = ""  # text that may yet turn out to be a mark or a call
         self._scan: CallScan | None = None
         self._shown = False  # any text: plain JSON is a call only at the very beginning
+        self._num_read = 0
+        self._behind_call = False
         self._in_marks = False
+        self._opened = ""  # a mark that no call has followed yet
 
     @property
     def full(self) -> bool:
@@ -48,6 +55,7 @@ class ToolReader:
     def push(self, text: str) -> list[Part]:
         """What can be said now that this text has come."""
         self._held += text
+        self._num_read += len(text)
         parts: list[Part] = []
         while self._held and not self.full and self._advance(parts):
             pass
@@ -59,9 +67,10 @@ class ToolReader:
         if self._scan is not None:
             raw = self._scan.raw
             if not self._scan.announced:
-                parts.append(Part(raw + self._held))
-        elif self._held and not self.full and not (self.num_calls and not self._held.strip(_SPACE + ",;[]")):
-            parts.append(Part(self._held))
+                parts.append(Part(raw + self._held, end=self._num_read))
+        elif not self.full:
+            held, self._held = self._opened + self._held, ""
+            self._show(held, parts)
         self._held, self._scan = "", None
         return parts
 
@@ -70,19 +79,20 @@ class ToolReader:
         if self._scan is not None:
             return self._advance_call(parts)
         if self._in_marks:
-            return self._seek_close()
+            return self._seek_close(parts)
         if not self._shown and self._begins_json(parts):
             return self._scan is not None
         at = min((i for i in (self._held.find(mark) for mark in MARKS) if i >= 0), default=-1)
         if at >= 0:
-            self._show(self._held[:at], parts)
             mark = next(mark for mark in MARKS if self._held.startswith(mark, at))
-            self._held = self._held[at + len(mark) :]
-            self._in_marks = True
+            before, self._held = self._held[:at], self._held[at:]
+            self._show(before, parts)
+            self._held = self._held[len(mark) :]
+            self._in_marks, self._opened = True, mark
             return True
         keep = max(_overlap(self._held, mark) for mark in MARKS)
-        self._show(self._held[: len(self._held) - keep], parts)
-        self._held = self._held[len(self._held) - keep :]
+        sure, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self._show(sure, parts)
         return False
 
     def _begins_json(self, parts: list[Part]) -> bool:
@@ -96,16 +106,18 @@ class ToolReader:
             return True
         return not rest
 
-    def _seek_close(self) -> bool:
+    def _seek_close(self, parts: list[Part]) -> bool:
         rest = self._held.lstrip(_SPACE + "[],;")
+        before = self._opened and self._opened + self._held[: len(self._held) - len(rest)]
         if rest.startswith("{"):
-            self._held, self._scan = rest, CallScan("", name_first=self._strict)
+            self._held, self._scan, self._opened = rest, CallScan(before, name_first=self._strict), ""
             return True
-        if rest.startswith(_CLOSE):
+        if rest.startswith(_CLOSE) and not before:
             self._held, self._in_marks = rest[len(_CLOSE) :], False
             return True
-        if rest and not _CLOSE.startswith(rest):
-            self._in_marks, self._held = False, rest
+        if rest and (rest.startswith(_CLOSE) or not _CLOSE.startswith(rest)):
+            self._in_marks, self._held, self._opened = False, rest, ""
+            self._show(before, parts)
             return True
         return False
 
@@ -118,7 +130,7 @@ class ToolReader:
             scan.broken = True
         if scan.broken and not scan.announced:
             self._scan = None
-            self._show((_OPEN if self._in_marks else "") + scan.raw, parts)
+            self._show(scan.raw, parts)
             self._in_marks = False
             return True
         if scan.name is not None and not scan.announced and scan.begun:
@@ -132,6 +144,7 @@ class ToolReader:
 
     def _end_call(self, scan: CallScan, parts: list[Part]) -> bool:
         self._scan = None
+        self._behind_call = scan.name is not None
         if scan.announced:
             self.num_calls += 1
         elif scan.name is not None:  # a call without arguments
@@ -139,14 +152,17 @@ class ToolReader:
             self.num_calls += 1
         else:
             self._show(scan.raw, parts)
+            self._in_marks = False
         return True
 
     def _show(self, text: str, parts: list[Part]) -> None:
-        if self.num_calls and not text.strip(_SPACE + "[],;"):
-            return  # between calls
+        """Gives text that stands right before what is held. What only parts it from a call goes with the call."""
+        if self._behind_call:
+            text = text.lstrip(_SPACE + "],;")
         if text:
+            self._behind_call = False
             self._shown = self._shown or bool(text.strip())
-            parts.append(Part(text))
+            parts.append(Part(text, end=self._num_read - len(self._held)))
 
 
 class CallScan:
@@ -205,7 +221,7 @@ class CallScan:
 
     def _collect(self, character: str) -> None:
         if self._expects_value and self._key in ("arguments", "parameters"):
-            if not self.begun and character in _SPACE:
+            if (not self.begun or self._depth == 1) and character in _SPACE:
                 return
             if not self.begun and character != "{":
                 self.broken = True  # arguments are an object

@@ -116,7 +116,6 @@ def test_calls_of_a_response(openai: OpenAI) -> None:
         ("tool_choice", {"type": "function", "name": "rm"}),
         ("tools", [{"type": "web_search"}]),
         ("include", ["file_search_call.results"]),
-        ("include", ["message.output_text.logprobs"]),
     ],
 )
 def test_what_a_response_cannot_do_is_refused_by_name(openai: OpenAI, field: str, value: Any) -> None:

@@ -14,6 +14,7 @@ ARGUMENTS = {"a": 1, "text": 'quotes " and } braces { \\ \n', "list": [1, {"b": 
 SAID = json.dumps(ARGUMENTS)
 CALL = f'{{"name": "add", "arguments": {SAID}}}'
 OTHER = '{"name": "look_up", "arguments": {}}'
+REMOVE = '<tool_call>\n{"name": "rm", "arguments": {}}\n</tool_call>'
 ONE, TWO = [("add", ARGUMENTS)], [("add", ARGUMENTS), ("look_up", {})]
 
 TEXTS = {
@@ -32,6 +33,12 @@ TEXTS = {
     "text like a mark": ("<tool_ca", "<tool_ca", []),
     "json that is no call": ('{"a": {"name": "add"}}', '{"a": {"name": "add"}}', []),
     "a function nobody offered": ('{"name": "rm", "arguments": {}}', '{"name": "rm", "arguments": {}}', []),
+    "a mark and no call": ("<tool_call> hm", "<tool_call> hm", []),
+    "a mark and nothing": ("So [TOOL_CALLS]", "So [TOOL_CALLS]", []),
+    "a mark and its end": ("<tool_call>\n</tool_call> so", "<tool_call>\n</tool_call> so", []),
+    "marked json that is no call": ('[TOOL_CALLS] [{"a": 1}]', '[TOOL_CALLS] [{"a": 1}]', []),
+    "a marked function nobody offered": (REMOVE, REMOVE, []),
+    "a mark after a call": (f"<tool_call>{OTHER}</tool_call><tool_call> no", "<tool_call> no", [("look_up", {})]),
     "json in text": (f"It is {CALL}", f"It is {CALL}", []),
     "a list": ("[1, 2]", "[1, 2]", []),
     "nothing": ("", "", []),
@@ -72,6 +79,10 @@ def test_calls_are_found_wherever_the_text_is_cut(name: str) -> None:
         assert (said.strip(), [(function, json.loads(raw)) for function, raw in found]) == (shown.strip(), calls), (
             pieces
         )
+
+
+def test_space_behind_arguments_is_not_theirs() -> None:
+    assert read(['{"name": "add", "arguments": {"a": [1 ] } \n}'])[1] == [("add", '{"a": [1 ] }')]
 
 
 def test_arguments_come_while_they_are_written() -> None:
