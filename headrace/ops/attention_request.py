@@ -87,9 +87,17 @@ class Call:
         dtypes = {name: dtype_name(array) for name, array in self.arrays.items()}
         dtypes["out"] = out_dtype or dtypes["query"]
         asked = attention_request(self.op, self.extent, self.options, shapes=shapes, dtypes=dtypes, place=self.place)
-        said = {"mask": self.mask_text, "page_len": self.page_len}
+        said = {"mask": self.mask_text, "page_len": self.page_len, "unaligned": self.unaligned}
         more = {name: found for name, found in said.items() if found}
         return replace(asked, options={**asked.options, **more}) if more else asked
+
+    @property
+    def unaligned(self) -> str:
+        """Which array lies in memory that copies in boxes, Hopper's, cannot address; "": none, or nobody would."""
+        if not self.place[1].startswith("sm_9"):
+            return ""
+        arrays = ((name, self.arrays[name]) for name in ("query", "key", "value"))
+        return next((name for name, array in arrays if is_torch(array) and not _in_boxes(array)), "")
 
     @property
     def page_len(self) -> int:
@@ -142,7 +150,14 @@ def _details(call: Call) -> tuple[Any, ...]:
     arrays, extent = call.arrays, call.extent
     page_size = arrays["key"].shape[1] if "page_table" in arrays else call.page_len
     mask_shape = arrays["mask"].shape if "mask" in arrays else ()
-    return page_size, mask_shape[:-1], extent.queries == extent.keys
+    return page_size, mask_shape[:-1], extent.queries == extent.keys, call.unaligned
+
+
+def _in_boxes(tensor: Any) -> bool:
+    """Whether its rows begin at whole 16 bytes."""
+    width = tensor.element_size()
+    steps = (step * width for size, step in zip(tensor.shape[:-1], tensor.stride(), strict=False) if size > 1)
+    return tensor.data_ptr() % 16 == 0 and all(step % 16 == 0 for step in steps)
 
 
 def run_kernel(chosen: Kernel, arrays: Mapping[str, Any], options: AttentionOptions) -> None:

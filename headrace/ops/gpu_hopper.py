@@ -89,6 +89,8 @@ def why_not_mla(request: Request) -> list[Reason]:
 
 def _why_not_types(request: Request) -> list[Reason]:
     query, key = request.dtypes["query"], request.dtypes["key"]
+    if unaligned := request.options.get("unaligned"):
+        return [Reason(f"memory of {unaligned}", "other strides", "rows that begin at whole 16 bytes", _PORTABLE)]
     if query not in TYPES:
         return [Reason("dtype of query", query, " or ".join(TYPES), _PORTABLE)]
     if key != query:

@@ -44,6 +44,20 @@ def test_a_list_of_kernels_has_none_that_never_runs_there():
     assert [kernel.name for kernel in kernels_of("mla_attention")[:2]] == ["gluon_mla", "triton_mla"]
 
 
+def test_memory_that_is_not_for_boxes_is_left_to_others():
+    torch = pytest.importorskip("torch")
+    wide = torch.zeros(1, 5, 2, 65, dtype=torch.bfloat16)
+    batch = {"query": wide[..., :64].clone(), "key": wide[..., :64], "value": wide[..., :64].clone()}
+    call = prepared(batch)
+    assert call.unaligned == ""  # on a CPU it does not matter
+    asked = replace(call, stands_for=("cuda", "sm_90")).request()
+    assert [reason.predicate for reason in ATTENTION.why_not(asked)] == ["memory of key"]
+    aligned = prepared(batch | {"key": batch["query"]})
+    assert not ATTENTION.why_not(replace(aligned, stands_for=("cuda", "sm_90")).request())
+    shifted = torch.zeros(5 * 2 * 64 + 4, dtype=torch.bfloat16)[4:].view(1, 5, 2, 64)
+    assert replace(prepared(batch | {"key": shifted}), stands_for=("cuda", "sm_90")).unaligned == "key"
+
+
 def test_few_tokens_fill_tiles_with_the_heads_that_read_the_same_keys():
     from headrace.gpu_machine import gpu_of
 

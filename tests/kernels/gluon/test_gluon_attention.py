@@ -83,10 +83,16 @@ def test_simulated_it_is_within_budget(case, monkeypatch):
     assert_close(got, exact, straightforward(case, batch, exact, "fp16" if dtype == "float16" else "bf16"))
 
 
+ORDERS = (
+    dense("orders", 2, 200, 400, **heads(1, 1), key_lens=(390, 400)),
+    ragged("orders_ragged", (140, 30), (390, 140), **heads(2, 1), window=(130, None)),
+)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("case", ORDERS, ids=lambda case: case.name)
 @pytest.mark.parametrize("seed", range(3))
-def test_any_order_of_events_gives_the_same_bits(seed, monkeypatch):
-    case = dense("orders", 2, 200, 400, **heads(1, 1), key_lens=(390, 400))
+def test_any_order_of_events_gives_the_same_bits(case, seed, monkeypatch):
     batch = attention_batch(case, "float16", "float16")
     usual, _ = simulated(case, batch, monkeypatch, programs=1)
     other, steps = simulated(case, batch, monkeypatch, programs=2, seed=100 + seed, eagerness=seed / 2)
@@ -126,6 +132,22 @@ def test_bits_do_not_depend_on_the_chunk_a_row_is_in(monkeypatch):
     part = dense("part", 1, 90, 300, **heads(1, 1))
     alone, _ = simulated(part, batch | {"query": batch["query"][:, -90:]}, monkeypatch)
     assert np.array_equal(whole.out[:, -90:], alone.out) and np.array_equal(whole.lse[:, -90:], alone.lse)
+
+
+@pytest.mark.parametrize(
+    "name,wrong", [("query_starts", (-9, 999, 3)), ("key_starts", (90, -7)), ("key_lens", (999, -1))]
+)
+def test_wrong_numbers_on_the_device_lead_nowhere_outside(name, wrong, monkeypatch):
+    """Whatever is written, no pointer leaves its array (an error of the simulator) and no partition waits for ever."""
+    case = ragged("wrong", (20, 9), (20, 40), **heads(2, 1), window=(11, None))
+    batch = attention_batch(case, "float16", "float16")
+    guarded = Guarded("cpu")
+    out, lse = np.zeros(case.out_shape, np.float16), np.zeros(case.out_shape[:-1], np.float32)
+    given = guarded.tensors({**prepared(batch).arrays, "out": out, "lse": lse})
+    given[name].copy_(torch.tensor(wrong[: len(given[name])], dtype=torch.int32))
+    monkeypatch.setattr(gluon, "_attention_kernel", Simulated(KERNEL))
+    gluon.run(given, AttentionOptions(causal=True, window=(11, None), scale=0.125).native())
+    guarded.assert_untouched()
 
 
 @pytest.mark.gpu
