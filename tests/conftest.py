@@ -13,7 +13,7 @@ from headrace.errors import SourceError
 from headrace.weights.sources import resolve
 
 MANY_CASES = 8
-INTERPRETED_CASES = 2  # a kernel of a GPU takes a quarter of a second and more of each
+COSTLY_CASES = 2
 QUICK_EXAMPLES = 20
 
 
@@ -73,9 +73,9 @@ def _mark_slow(items):
             tests[item.nodeid.partition("[")[0]].append(item)
     for cases in tests.values():
         cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
-        if "device" in cases[0].fixturenames:
-            for item in [item for item in cases if "gpu" not in item.keywords][INTERPRETED_CASES:]:
-                item.add_marker("slow")
+        if "device" in cases[0].fixturenames or "costly" in cases[0].keywords:  # so are GPU kernels in the interpreter
+            for item in [item for item in cases if "gpu" not in item.keywords][COSTLY_CASES:]:
+                _make_slow(item)
         elif len(cases) > MANY_CASES:
             _mark_combinations(cases)
 
@@ -86,9 +86,13 @@ def _mark_combinations(cases):
     for item in cases:
         values = {(name, repr(value)) for name, value in item.callspec.params.items()}
         if values <= shown:
-            item.add_marker("slow")
-            item.add_marker("combination")
+            _make_slow(item)
         shown |= values
+
+
+def _make_slow(item):
+    item.add_marker("slow")
+    item.add_marker("combination")
 
 
 def _why_no_gpu() -> str:

@@ -53,6 +53,7 @@ def notes(work: GpuWork, **asked: Any) -> tuple[dict[str, Any], list[Any]]:
     return measure(work, Asking("cpu", repeat=5, **asked), heard.append), heard
 
 
+@pytest.mark.costly
 @ON_CPU
 def test_every_row_is_measured_and_right(name: str) -> None:
     found, heard = notes(made(name))
@@ -65,6 +66,7 @@ def test_every_row_is_measured_and_right(name: str) -> None:
     assert set(found["cannot"]) <= {kernel.name for kernel in made(name).kernels}
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "sample"])
 def test_a_wrong_result_is_not_let_through(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     work = made(name)

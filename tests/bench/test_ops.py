@@ -192,6 +192,7 @@ def test_speeds_are_printed_with_predictions_first(
     assert run(OpsBench(("decode",), 5), capsys, json_only=True)[0] == ""
 
 
+@pytest.mark.slow
 def test_calibration_is_kept_and_used(
     own_cache: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,7 +201,7 @@ def test_calibration_is_kept_and_used(
     text, data = run(OpsBench(("rms_norm",), 5, calibrate=True), capsys)
     kept = this_machine().calibration
     assert "rms_norm/cpu_portable/fp32" in text and data["calibration"].keys() == kept.keys() - {"other/k/fp32"}
-    assert kept["rms_norm/cpu_portable/fp32"].call_s < 0.1 and "other/k/fp32" in kept
+    assert kept["rms_norm/cpu_portable/fp32"].call_s < 1.0 and "other/k/fp32" in kept
 
 
 def test_regret_is_summed_up(

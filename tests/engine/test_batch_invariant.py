@@ -158,18 +158,21 @@ CACHES = [(LEVELS[-1], kv_dtype) for kv_dtype in KV_DTYPES]
 CACHES += [(level, kv_dtype) for level in LEVELS[:-1] for kv_dtype in ("float16", "int8")]
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("level,kv_dtype", CACHES)
 def test_every_cache_and_every_instruction_set(tiny: Open, level: str, kv_dtype: str) -> None:
     with cpu.limit_isa(level):
         promise_is_kept(partial(tiny, "64", kv_dtype=kv_dtype))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kv_dtype", ["float16", "int8"])
 @pytest.mark.parametrize("name", ["128", "window"])
 def test_wide_heads_and_windows(tiny: Open, name: str, kv_dtype: str) -> None:
     promise_is_kept(partial(tiny, name, kv_dtype=kv_dtype))
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_every_weight_format_on_every_instruction_set(tiny: Open, format_name: str, level: str) -> None:

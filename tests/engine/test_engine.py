@@ -35,6 +35,7 @@ def tiny(tmp_path_factory):
     return open_model
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("level", cpu.ISAS[:3])
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_the_naive_loop(tiny, name, level):

@@ -46,6 +46,7 @@ def cached_arrays(llm: LLM) -> Iterator[Fixed]:
         yield from (array for array in vars(layer).values() if array is not None)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_is_the_naive_loop_over_such_a_cache(tiny: Tiny, name: str, kv_dtype: str) -> None:
@@ -53,6 +54,7 @@ def test_greedy_is_the_naive_loop_over_such_a_cache(tiny: Tiny, name: str, kv_dt
     assert answer.token_ids == NaiveDecoder(MODELS[name], kv_dtype).greedy(PROMPT, GREEDY.max_tokens)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("level", cpu.ISAS[:3])
 @pytest.mark.parametrize("kv_dtype", NARROW)
 def test_logits_are_as_far_off_as_such_a_cache_is(tiny: Tiny, kv_dtype: str, level: str) -> None:

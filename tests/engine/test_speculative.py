@@ -63,6 +63,7 @@ def answers(llm: LLM, params: SamplingParams, prompts: list[list[int]]) -> list[
     return requests
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("wrong", [1, 2, 3, 1000])
 @pytest.mark.parametrize("way", WAYS)
 def test_right_and_wrong_guesses_leave_the_text_as_it_is(tiny: Open, way: str, wrong: int) -> None:
@@ -145,6 +146,7 @@ def found_ahead(found: dict[tuple[int, ...], float], length: int) -> Iterator[tu
         yield from [answer for answer in found if len(answer) == shorter]
 
 
+@pytest.mark.slow
 def test_guesses_leave_the_distribution_as_it_is(tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chi-square of whole answers; it notices when one guess in ten is accepted unseen."""
     monkeypatch.setattr(Trust, "allowed", lambda trust: trust.most)

@@ -139,6 +139,7 @@ def guarded(shape, margin=64):
     return whole, inner.reshape(shape)
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("block", range(8))
 def test_any_call_is_refused_by_name_or_done(block):
     pools = [native.Pool(1), native.Pool(3)]
@@ -164,6 +165,7 @@ def test_any_call_is_refused_by_name_or_done(block):
     assert done > 60
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("block", range(4))
 def test_any_backward_is_refused_by_name_or_done(block):
     pools = [native.Pool(1), native.Pool(3)]

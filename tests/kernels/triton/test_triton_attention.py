@@ -49,6 +49,7 @@ OWN_TILES = (
 )
 
 
+@pytest.mark.costly
 @pytest.mark.parametrize("name,dtype", QUICK)
 def test_within_budget(name, dtype):
     assert_kernel_holds(CASES[name], KERNEL, dtype, dtype, out_dtype=dtype, device="cpu")
