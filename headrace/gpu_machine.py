@@ -28,7 +28,8 @@ LAUNCH_SECONDS = 4e-6  # from the end of one small kernel to that of the next
 
 UNITS = ("bf16", "fp16", "tf32", "fp32", "fp64", "fp8", "int8")
 # Arithmetic made of several products in a narrower type: how many.
-_SPLIT = {"tf32x3": ("tf32", 3), "bf16x3": ("bf16", 3)}
+# int16: with codes of 8 bits, two products in an instruction of which half as many are issued as of float32's.
+_SPLIT = {"tf32x3": ("tf32", 3), "bf16x3": ("bf16", 3), "int16": ("fp32", 1)}
 _BANDWIDTH_SHARE, _ARITHMETIC_SHARE = 0.9, 0.8
 
 

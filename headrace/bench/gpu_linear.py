@@ -17,7 +17,6 @@ GROUP_LEN = 128  # of int4: columns that share a scale
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _BITS = {"FP8": 8.0, "INT8": 8.0, "INT4": 4 + 16 / GROUP_LEN}
 _CHECKED_ROWS = 64
-_FEW, _FEW_CODES = 4, 2  # rows of x up to which a kernel multiplies and adds; of weights of fewer than 8 bits
 
 
 def build_linear(sizes: Mapping[str, Any], device: str) -> GpuWork:
@@ -101,14 +100,22 @@ def _margin(x: Any, weight: Any, kernel: str) -> Margin:
     got = linear.linear(x, weight, kernel=kernel, out=out)[:, drawn]
     numbers = dequantize(weight, drawn)
     exact = x.double() @ numbers.double().T
-    used = numbers if _in_float32(kernel, len(x), weight) else numbers.to(x.dtype)
-    return margin([got], [exact], [_straightforward(x, used)], "float32")
+    return margin([got], [exact], [_straightforward(*_multiplied(kernel, x, weight, numbers))], "float32")
 
 
-def _in_float32(kernel: str, tokens: int, weight: Any) -> bool:
-    """Whether no weight is rounded: where a few rows are multiplied and added as they are."""
-    few = _FEW_CODES if 0 < weight.layout.bits < 8 else _FEW
-    return kernel.startswith("triton_linear") and not kernel.endswith("invariant") and tokens <= few
+def _multiplied(kernel: str, x: Any, weight: Any, numbers: Any) -> tuple[Any, Any]:
+    """What a straightforward product of this kernel's precision multiplies: of a few rows numbers as they are, with x,
+    or with the 16-bit integers that x becomes; else numbers in x's type."""
+    import torch
+
+    from headrace.kernels.triton.linear_plan import few_rows_of, in_integers
+    from headrace.ops.linear import integer_activations
+
+    hip = bool(torch.version.hip)
+    few = kernel == "triton_linear" and len(x) <= few_rows_of(weight.layout, "auto", hip)
+    if few and in_integers(weight.layout, "auto", hip):
+        return torch.from_numpy(integer_activations(x.float().cpu().numpy(), "auto")), numbers
+    return x, numbers if few else numbers.to(x.dtype)
 
 
 def _straightforward(x: Any, numbers: Any) -> Any:

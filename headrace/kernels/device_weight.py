@@ -1,10 +1,12 @@
 """A weight on a GPU: its tensors, and the words that say how their bits are laid out.
 
 Codes of few bits lie in 32-bit words. A *span* is a run of `words` words, and its columns are dealt out in *parts*:
-part p of word w (bits p * low_bits and up) is column p * words + w of the span. So four words, which is what a thread
-loads at once, hold four neighbouring columns of each part, and where `words` is a quarter of a group (at most 32) four
-parts are one group: a scale is fetched once for sixteen codes of a thread. A fifth, sixth or third bit is kept apart:
-one number per word (`high`) holds those of all its parts, in their order.
+part p of word w is column p * words + w of the span. So four words, which is what a thread loads at once, hold four
+neighbouring columns of each part, and where `words` is a quarter of a group (at most 32) four parts are one group: a
+scale is fetched once for sixteen codes of a thread. These four are the bytes of a word, for dot products of bytes: part
+4 g + i lies in byte i, from its bit g * low_bits on, and one shift and one mask give all four (`low_bit`). A fifth,
+sixth or third bit is kept apart: one number per word (`high`) holds those of all its parts, each where few operations
+bring it into the right byte (`high_bit`).
 
     values    float: the numbers themselves; integer: code - offset; fp8: e4m3; iq4: a table of sixteen
     scales    none; row: one per row; group: one per `group_len` columns (of `scale_rows` rows);
@@ -55,6 +57,17 @@ class WeightLayout:
     def bits(self) -> int:
         """Of a code; 0 where the numbers themselves are stored."""
         return self.low_bits + self.high_bits
+
+    def low_bit(self, part: int) -> int:
+        """The place of a part's lower bits in a word."""
+        return part % 4 * 8 + part // 4 * self.low_bits
+
+    def high_bit(self, part: int) -> int:
+        """The place of its upper bits in their number: of 8 bits in the order of the parts; of 16 bits two parts of a
+        group are in each byte, side by side, so that the number and itself, shifted, have a part in each byte."""
+        if self.parts * self.high_bits == 8:
+            return part
+        return part % 2 * 8 + (part // 2 % 2 + part // 4 * 2) * self.high_bits
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Kernels of linear on a GPU: few rows stream the weights through Triton, more go to torch's matmul.
 
-triton_linear            up to 32 rows; up to 2 or 4 of them by multiply-add, more over tensor cores
+triton_linear            up to 32 rows; up to 2 or 4 of them one by one, codes as integers; more over tensor cores
 triton_linear_invariant  any number, always over tensor cores: a row's bits depend on no other row; each 32 rows
                          read the weights again
 torch_linear             any number: quantized weights become x's type, a piece at a time, in memory first
@@ -27,6 +27,7 @@ _TRITON = "headrace.kernels.triton.linear"
 _TORCH = "headrace.kernels.torch.linear"
 # What a weight's numbers are where they are stored themselves.
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TABLES = ("IQ4_NL", "IQ4_XS")  # codes that stand for numbers of a table
 _UNITS = {"bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -117,10 +118,19 @@ def _operand_bytes(request: Request) -> int:
 
 
 def _few_plan(request: Request, gpu: Gpu) -> Plan:
-    layouts = [_bits_of(name) for label, name in request.dtypes.items() if label != "x"]
-    few = request.shapes["x"][0] <= min(2 if 0 < bits < 8 else 4 for bits in layouts)
-    notes = ("sums of a row are those of any number of rows on this side of it: 1-2 or 1-4, or more, up to 32",)
-    return Plan(workers=gpu.multiprocessors, arithmetic="fp32" if few else _arithmetic(request), notes=notes)
+    names = [name for label, name in request.dtypes.items() if label != "x"]
+    integers = [_in_integers(name, request) for name in names]
+    few = min(2 if 0 < _bits_of(name) < 8 or integer else 4 for name, integer in zip(names, integers, strict=True))
+    notes: tuple[str, ...] = (
+        "sums of a row are those of any number of rows on this side of it: 1-2 or 1-4, or more, up to 32",
+    )
+    if request.shapes["x"][0] > few:
+        return Plan(workers=gpu.multiprocessors, arithmetic=_arithmetic(request), notes=notes)
+    if any(integers):
+        notes = (*notes, "x as 16-bit integers, sixteen columns to a scale; as it is with precision exact")
+    # In the interpreter a machine that knows no other arithmetic.
+    arithmetic = "int16" if any(integers) and request.device != "cpu" else "fp32"
+    return Plan(workers=gpu.multiprocessors, arithmetic=arithmetic, notes=notes)
 
 
 def _invariant_plan(request: Request, gpu: Gpu) -> Plan:
@@ -149,6 +159,12 @@ def _arithmetic(request: Request) -> str:
     if "float32" in kinds or (kinds & {"float16", "bfloat16"}) - {own}:
         return "tf32"
     return _UNITS.get(own, "bf16")
+
+
+def _in_integers(name: str, request: Request) -> bool:
+    """Whether few rows of x meet these weights as integers, as kernels/triton/linear_plan.py decides it."""
+    codes = name in ("int4", "int8") or (name in FORMATS and name not in (*_FLOATS, *_TABLES))
+    return codes and request.options["precision"] != "exact" and request.device != "hip"
 
 
 def _bits_of(name: str) -> int:

@@ -9,7 +9,8 @@ kernels/device_weight.py tells; formats are those of ops/formats.py, and for a G
 On the CPU, precision "fast": quantized weights meet activations in int8, 32 to a scale, as their own format would hold
 them; "auto": in 16-bit integers, 32 to a scale: free where the weights' bytes bind;
 over AMX tiles, where many tokens make arithmetic bind, in bf16; "exact": float32 activations and sums throughout.
-On a GPU up to 2 or 4 tokens are float32 throughout; what more do is told in kernels/triton/linear.py.
+On a GPU up to 2 tokens meet codes as 16-bit integers, 16 to a scale, unless "exact"; up to 4 meet floats in float32;
+what more do is told in kernels/triton/linear.py.
 """
 
 from __future__ import annotations

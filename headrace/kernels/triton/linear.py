@@ -5,14 +5,16 @@ silu(x gate^T) * (x up^T). Wins where weights' bytes bind: up to 32 rows; the mo
 
     a program has a tile of weight rows and a share of the columns (splits: a closed form of shapes and processors)
     it streams 16 bytes a thread, evicted first; x comes from the caches
-    codes become exact floats by a logic operation and a subtraction; with few rows scales meet sums, not codes
-    few rows, 1-4 (1-2 of codes below 8 bits): multiply-add in float32; more: tensor cores, 16 or 32 rows to a tile
+    few rows against integer codes, 1-2: both as integers, linear_integers.py; else codes become exact floats by a logic
+    operation and a subtraction, and few rows, 1-4 (1-2 of codes below 8 bits), are multiplied and added in float32
+    more: tensor cores, 16 or 32 rows to a tile; with few rows scales meet sums, not codes
     shares of columns meet in memory: who arrives last adds them in their order, and leaves the counters at zero
 
-Precision. Few rows: float32 throughout, whatever was asked; error that of float32 sums. More: "exact" and, of float32
-x, "auto": three tf32 products, of float32's accuracy (on AMD float32 itself); 16-bit x, "auto" and "fast": weights
-rounded to x's type, which bf16, fp16, fp8 and integer codes with one scale per row need not; "fast" of float32 x: bf16,
-or tf32 where a weight is fp16 or float32. Sums are float32. Source: split-K with a last arriver is Stream-K's (Osama et
+Precision. Few rows: float32 throughout, whatever was asked, error that of float32 sums; but x as 16-bit integers
+against integer codes, unless "exact" or on AMD. More: "exact" and, of float32 x, "auto": three tf32 products, of its
+accuracy (on AMD float32 itself); 16-bit x, "auto" and "fast": weights rounded to x's type, which bf16, fp16, fp8 and
+integer codes with one scale per row need not; "fast" of float32 x: bf16, or tf32 where a weight is fp16 or float32.
+Sums are float32. Source: split-K with a last arriver is Stream-K's (Osama et
 al. 2023); bits above 2^k instead of conversions are an old trick, FasterTransformer's among others. Bandwidth: not
 measured yet; what is expected: docs/kernels/linear_gpu.md.
 """
@@ -30,6 +32,7 @@ import triton.language as tl
 from headrace.kernels.device_weight import CHUNK_WORDS, DeviceWeight
 from headrace.kernels.triton.arrivals import arrival_counters
 from headrace.kernels.triton.launch import num_multiprocessors, on_device_of
+from headrace.kernels.triton.linear_integers import few_rows_integers
 from headrace.kernels.triton.linear_plan import LinearPlan, operand_of, plan_of
 from headrace.kernels.triton.linear_tiles import few_rows, many_rows
 from headrace.kernels.triton.variants import Variant
@@ -46,9 +49,16 @@ def _product(x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums,
              VALUES: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WORDS: tl.constexpr, OFFSET: tl.constexpr,
              GROUP: tl.constexpr, SCALES: tl.constexpr, MINIMUMS: tl.constexpr, SCALE_ROWS: tl.constexpr,
              BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, NORM: tl.constexpr,
-             MASKED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+             MASKED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+             INTEGERS: tl.constexpr):  # fmt: skip
     """The sums of one weight's tile, and those of squares of x. Few rows of x where OPERAND is None."""
-    if OPERAND is None:
+    if INTEGERS:
+        tile, square = few_rows_integers(
+            x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, rows,
+            row_chunks, row_groups, first, last, VALUES, LOW, HIGH, WORDS, OFFSET, GROUP, SCALES, MINIMUMS, SCALE_ROWS,
+            BM, BN, CHUNKS, CHUNK, NORM, MASKED, STAGES,
+        )  # fmt: skip
+    elif OPERAND is None:
         tile, square = few_rows(
             x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, groups_high, rows,
             row_chunks, row_groups, first, last, VALUES, LOW, HIGH, WORDS, OFFSET, GROUP, SCALES, MINIMUMS, SCALE_ROWS,
@@ -114,7 +124,7 @@ def _linear(x, x_stride, norm, eps, residual, residual_stride, partial, counters
             BM: tl.constexpr, BN: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
             GATED: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
             SPLIT: tl.constexpr, MASKED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-            STAGES: tl.constexpr):  # fmt: skip
+            STAGES: tl.constexpr, INTEGERS: tl.constexpr):  # fmt: skip
     """Program (tile of weight rows, share of columns, tile of x's rows). With GATED, weight 1 is up."""
     tile_number, split, token_tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     codes, high, scales, minimums, groups, upper = codes0, high0, scales0, minimums0, groups0, upper0
@@ -138,14 +148,14 @@ def _linear(x, x_stride, norm, eps, residual, residual_stride, partial, counters
     tile, square = _product(
         x, x_stride, norm, tokens, num_cols, codes, high, scales, minimums, groups, upper, read,
         row_chunks, row_groups, first, last, VALUES, LOW, HIGH, WORDS, OFFSET, GROUP, SCALES, MINIMUMS, SCALE_ROWS,
-        BM, BN, CHUNKS, CHUNK, NORM, MASKED, OPERAND, PRECISION, STAGES,
+        BM, BN, CHUNKS, CHUNK, NORM, MASKED, OPERAND, PRECISION, STAGES, INTEGERS,
     )  # fmt: skip
     second = tile
     if GATED:
         second, _ = _product(
             x, x_stride, norm, tokens, num_cols, codes1, high1, scales1, minimums1, groups1, upper1, read,
             row_chunks, row_groups, first, last, VALUES, LOW, HIGH, WORDS, OFFSET, GROUP, SCALES, MINIMUMS, SCALE_ROWS,
-            BM, BN, CHUNKS, CHUNK, False, MASKED, OPERAND, PRECISION, STAGES,
+            BM, BN, CHUNKS, CHUNK, False, MASKED, OPERAND, PRECISION, STAGES, INTEGERS,
         )  # fmt: skip
     token = token_tile * BM + tl.arange(0, BM)
     if not SPLIT:
@@ -279,7 +289,8 @@ def _plan(
     rows = tuple(part.weight.shape[0] for part in parts)
     return plan_of(
         weight.layout, row_chunks(weight), rows, len(x), num_multiprocessors(x), operand,
-        x_bytes=x.element_size(), norm=norm is not None, gated=gated, tiles_alone=tiles_alone, hip=hip,
+        precision=precision, x_bytes=x.element_size(), norm=norm is not None, gated=gated, tiles_alone=tiles_alone,
+        hip=hip,
     )  # fmt: skip
 
 
@@ -369,6 +380,7 @@ def constants(
         "OPERAND": None if plan.operand is None else getattr(tl, plan.operand),
         "PRECISION": plan.precision,
         "STAGES": plan.tile.stages,
+        "INTEGERS": plan.integers,
     }
 
 
@@ -381,11 +393,13 @@ def variants() -> list[Variant]:
         ("BF16", 16, "bf16", "auto", "bias residual"),
         ("F32", 32, "fp32", "auto", ""),
         ("fp8", 1, "bf16", "auto", "norm"),
+        ("int8", 1, "bf16", "auto", ""),
         ("int8", 32, "fp16", "auto", ""),
         ("int4", 1, "bf16", "auto", "residual"),
         ("int4", 32, "bf16", "auto", "gated"),
         ("Q4_0", 1, "fp32", "auto", "three"),
         ("Q4_K", 1, "bf16", "auto", "gated"),
+        ("Q4_K", 2, "bf16", "exact", ""),
         ("Q4_K", 16, "bf16", "fast", ""),
         ("Q6_K", 2, "bf16", "auto", ""),
         ("IQ4_NL", 1, "bf16", "auto", ""),
@@ -419,16 +433,17 @@ def _variant(name: str, tokens: int, x_dtype: torch.dtype, precision: str, fused
     own = "" if weight.layout.bits else _name(weight.codes.dtype)
     operand = operand_of(_name(x_dtype), own, weight.layout, precision, norm is not None, hip)
     rows = (_VARIANT_COLS,) * count
-    more = {"x_bytes": x.element_size(), "norm": norm is not None, "gated": gated, "hip": hip}
+    more = {"precision": precision, "x_bytes": x.element_size(), "norm": norm is not None, "gated": gated, "hip": hip}
     plan = plan_of(weight.layout, row_chunks(weight), rows, tokens, 132, operand, **more)
     values = _arguments(x, [_Part(weight, bias, out)] * count, residual, norm, 1e-6, plan)
     values |= {"partial": out, "counters": torch.empty(1, dtype=torch.int32)}
     fixed = constants(
         weight, plan, slots=1 if gated else count, gated=gated, **{word: word in fused for word in given}
     )  # fmt: skip
-    sixteen_bytes = ("cp.async.cg.shared.global [ %", ", 0x10") if plan.tile.stages > 1 else (".v4.b32",)
+    promised: tuple[str, ...] = ("cp.async.cg.shared.global [ %", ", 0x10") if plan.tile.stages > 1 else (".v4.b32",)
+    promised += ("dp2a.lo.s32.u32", "dp2a.hi.s32.u32") if plan.integers else ()
     return Variant(
-        f"{name} x{tokens} {_TYPES[x_dtype]} {fused}".strip(),
+        " ".join(f"{name} x{tokens} {_TYPES[x_dtype]} {fused} {'exact' * (precision == 'exact')}".split()),
         _linear,
         {argument: _type(value) for argument, value in values.items()},
         fixed,
@@ -436,7 +451,7 @@ def _variant(name: str, tokens: int, x_dtype: torch.dtype, precision: str, fused
         plan.tile.stages,
         aligned=_ALIGNED,
         chips=("gfx942",) if hip else ("sm_80", "sm_90", "sm_100"),
-        instructions={} if hip else dict.fromkeys(("sm_80", "sm_90", "sm_100"), sixteen_bytes),
+        instructions={} if hip else dict.fromkeys(("sm_80", "sm_90", "sm_100"), promised),
     )
 
 

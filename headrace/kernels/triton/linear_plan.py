@@ -16,8 +16,8 @@ from headrace.kernels.device_weight import WeightLayout
 
 IN_FLIGHT_BYTES = 40 << 10
 MOST_SPLITS = 16
-# What a program costs besides its steps, in steps: its first bytes' way, and its sums' to memory and back.
-OVERHEAD_STEPS = 1
+# What a program costs besides its steps, as bytes of them: its first bytes' way, and its sums' to memory and back.
+OVERHEAD_BYTES = 16 << 10
 MOST_TOKENS = 32  # rows of x that one program takes
 
 
@@ -39,7 +39,11 @@ class Tile:
 # A part of x must be fewer numbers than a program has threads: more are shared out, and cost barriers or shuffles.
 # Many: the more rows of the weight, the less often x is read from the second cache. It is 0.25 times the bytes of a
 # 16-bit weight at 16 rows of x, 1 times those of a 4-bit one at 32.
-_FEW = {"float": Tile(rows=64, chunks=16, warps=8, stages=4), "codes": Tile(rows=32, chunks=32, warps=8, stages=4)}
+_FEW = {
+    "float": Tile(rows=64, chunks=16, warps=8, stages=4),
+    "codes": Tile(rows=32, chunks=32, warps=8, stages=4),
+    "integers": Tile(rows=64, chunks=16, warps=4, stages=4),
+}
 _MANY = {"float": Tile(rows=64, chunks=16, warps=4, stages=4), "codes": Tile(rows=128, chunks=8, warps=8, stages=4)}
 # Of the steps in flight, in shared memory, beside which two programs shall find room.
 _SHARED_BYTES, _HIP_SHARED_BYTES = 96 << 10, 48 << 10
@@ -72,22 +76,31 @@ class LinearPlan:
     steps: int  # of a share
     operand: str | None
     precision: str = "ieee"
+    integers: bool = False
 
 
-def few_rows_of(layout: WeightLayout) -> int:
-    """Rows of x up to which multiply-add is cheaper than tensor cores: narrow codes leave no time for more of it."""
-    return 2 if 0 < layout.bits < 8 else 4
+def in_integers(layout: WeightLayout, precision: str, hip: bool = False) -> bool:
+    """Whether few rows of x meet codes as integers."""
+    return layout.values == "integer" and precision != "exact" and not hip
 
 
-def splits_of(num_tiles: int, steps: int, resident: int, multiprocessors: int) -> int:
+def few_rows_of(layout: WeightLayout, precision: str = "auto", hip: bool = False) -> int:
+    """Rows of x up to which they are multiplied one by one, not over tensor cores: narrow codes leave no time for more
+    than two, nor do integers that each row of x must become."""
+    return 2 if 0 < layout.bits < 8 or in_integers(layout, precision, hip) else 4
+
+
+def splits_of(num_tiles: int, steps: int, tile: Tile, multiprocessors: int) -> int:
     """Into how many shares the columns are cut: that with which the busiest processor is done first.
 
     It works off its programs one after the other, `resident` at a time; with fewer it lacks bytes in flight.
     """
+    resident = max(2, -(-IN_FLIGHT_BYTES // ((tile.stages - 1) * tile.step_bytes)))
+    overhead = OVERHEAD_BYTES / tile.step_bytes
 
     def cost(splits: int) -> float:
         programs = -(-num_tiles * splits // multiprocessors)
-        return programs * (-(-steps // splits) + OVERHEAD_STEPS) * max(1.0, resident / programs)
+        return programs * (-(-steps // splits) + overhead) * max(1.0, resident / programs)
 
     return min(range(1, min(MOST_SPLITS, steps) + 1), key=lambda splits: (cost(splits), splits))
 
@@ -124,6 +137,7 @@ def plan_of(
     multiprocessors: int,
     operand: tuple[str, str],
     *,
+    precision: str = "auto",
     x_bytes: int = 2,
     norm: bool = False,
     gated: bool = False,
@@ -134,19 +148,35 @@ def plan_of(
 
     x_bytes: of a number of x; norm: whether x is normed first.
     """
-    few = tokens <= few_rows_of(layout) and not tiles_alone
-    tile = (_FEW if few else _MANY)["codes" if layout.bits else "float"]
+    few = tokens <= few_rows_of(layout, precision, hip) and not tiles_alone
+    integers = few and in_integers(layout, precision, hip)
+    tile = (_FEW if few else _MANY)["integers" if integers else "codes" if layout.bits else "float"]
+    if integers:
+        tile = replace(tile, rows=_integer_rows(layout, 1))
     chunks = max(1 if few else 4, min(tile.chunks, _power_above(row_chunks)))
-    num_tiles = -(-rows[0] // tile.rows) if gated else sum(-(-each // tile.rows) for each in rows)
+    num_tiles = _num_tiles(rows, tile, gated)
     all_steps = -(-row_chunks // chunks)
-    in_flight = (tile.stages - 1) * tile.step_bytes
-    splits = splits_of(num_tiles, all_steps, max(2, -(-IN_FLIGHT_BYTES // in_flight)), multiprocessors)
+    splits = splits_of(num_tiles, all_steps, tile, multiprocessors)
     steps = -(-all_steps // splits)
     splits = -(-all_steps // steps)  # none is left without columns
     in_program = _power_above(tokens) if few else 16 if tokens <= 16 else MOST_TOKENS
+    if integers:
+        tile = replace(tile, rows=_integer_rows(layout, in_program))
+        num_tiles = _num_tiles(rows, tile, gated)
     step_bytes = staged_bytes(layout, tile, in_program, x_bytes, norm)
     tile = replace(tile, stages=_stages(tile, step_bytes, hip))
-    return LinearPlan(tile, in_program, chunks, num_tiles, splits, steps, None if few else operand[0], operand[1])
+    multiplied = None if few else operand[0]
+    return LinearPlan(tile, in_program, chunks, num_tiles, splits, steps, multiplied, operand[1], integers)
+
+
+def _num_tiles(rows: tuple[int, ...], tile: Tile, gated: bool) -> int:
+    return -(-rows[0] // tile.rows) if gated else sum(-(-each // tile.rows) for each in rows)
+
+
+def _integer_rows(layout: WeightLayout, tokens: int) -> int:
+    """Rows of the weight that registers allow: x is made integers once for all of a thread's, yet sixteen codes of 2
+    bits to a word, or two rows of x, take twice as many of its registers."""
+    return _FEW["integers"].rows >> ((layout.low_bits == 2) + (tokens > 1 and layout.low_bits < 8))
 
 
 def _power_above(number: int) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from headrace.kernels.device_weight import WeightLayout
 from headrace.kernels.triton.launch import INTERPRETED, dot
 
 SUPER = tl.constexpr(256)
@@ -27,6 +28,12 @@ def looked_up(codes):
     return ((word >> (8 * (codes & 3)).to(tl.uint32)) & 255).to(tl.float32) - 128
 
 
+@triton.constexpr_function
+def high_bit(part, low, high):
+    """As kernels/device_weight.py has it."""
+    return WeightLayout("integer", low, high).high_bit(part)
+
+
 @triton.jit
 def code_values(words, high, nothing, PART: tl.constexpr, VALUES: tl.constexpr, LOW: tl.constexpr,
                 HIGH: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
@@ -36,7 +43,7 @@ def code_values(words, high, nothing, PART: tl.constexpr, VALUES: tl.constexpr, 
     above 2^k, and 2^k is subtracted, with the offset. Codes in the lower half of a word need no shift at all.
     nothing: a zero the compiler does not know to be one: an operation on three operands takes but one constant.
     """
-    SHIFT: tl.constexpr = PART * LOW
+    SHIFT: tl.constexpr = PART % 4 * 8 + PART // 4 * LOW
     MASK: tl.constexpr = (1 << LOW) - 1
     if VALUES == "iq4":
         return looked_up((words >> SHIFT) & MASK)
@@ -51,7 +58,7 @@ def code_values(words, high, nothing, PART: tl.constexpr, VALUES: tl.constexpr, 
         codes = (words & (MASK << AT)) | (((150 - AT) << 23) + nothing)
         if HIGH != 0:
             UPPER: tl.constexpr = ((1 << HIGH) - 1) << (AT + LOW)
-            LEFT: tl.constexpr = AT + LOW - PART * HIGH
+            LEFT: tl.constexpr = AT + LOW - high_bit(PART, LOW, HIGH)
             codes |= (high << LEFT if LEFT >= 0 else high >> (0 - LEFT)) & UPPER
         return codes.to(tl.float32, bitcast=True) - ((1 << (23 - AT)) * 1.0 + OFFSET)
 

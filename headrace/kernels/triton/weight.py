@@ -96,19 +96,20 @@ def words_of(codes: torch.Tensor, layout: WeightLayout) -> tuple[torch.Tensor, t
     fill = 128 if layout.bits == 8 and layout.offset else 0
     padded = torch.nn.functional.pad(codes, (0, -cols % layout.span), value=fill)
     spans = padded.reshape(rows, -1, layout.parts, layout.words)
-    low = _gathered(spans & (2**layout.low_bits - 1), layout.low_bits).to(torch.int32)
+    low = _gathered(spans & (2**layout.low_bits - 1), 32, layout.low_bit).to(torch.int32)
     if not layout.high_bits:
         return low.reshape(rows, -1), None
-    high = _gathered(spans >> layout.low_bits, layout.high_bits)
-    return low.reshape(rows, -1), high.to(_HIGH_TYPES[layout.parts * layout.high_bits]).reshape(rows, -1)
+    most = layout.parts * layout.high_bits
+    high = _gathered(spans >> layout.low_bits, most, layout.high_bit)
+    return low.reshape(rows, -1), high.to(_HIGH_TYPES[most]).reshape(rows, -1)
 
 
-def _gathered(parts: torch.Tensor, bits: int) -> torch.Tensor:
-    """[rows, spans, parts, words] -> [rows, spans, words]: part p from bit p * bits on. Upper bits wrap when cast."""
+def _gathered(parts: torch.Tensor, most: int, place: Callable[[int], int]) -> torch.Tensor:
+    """[rows, spans, parts, words] -> [rows, spans, words]: part p from bit place(p) on, of `most` bits."""
     gathered = torch.zeros((*parts.shape[:2], parts.shape[3]), dtype=torch.int64, device=parts.device)
     for part in range(parts.shape[2]):
-        gathered |= parts[:, :, part].to(torch.int64) << (part * bits)
-    most = parts.shape[2] * bits  # as a signed number of so many bits, where a cast would have to wrap
+        gathered |= parts[:, :, part].to(torch.int64) << place(part)
+    # As a signed number of so many bits, where a cast would have to wrap.
     return torch.where(gathered >= 2 ** (most - 1), gathered - 2**most, gathered) if most > 8 else gathered
 
 
@@ -210,9 +211,9 @@ def dequantize(weight: DeviceWeight, rows: torch.Tensor | slice = slice(None)) -
 
 def _numbers(layout: WeightLayout, words: torch.Tensor, high: torch.Tensor | None) -> torch.Tensor:
     """What codes are before scales: float32 [rows, padded cols]."""
-    codes = _spread(words, layout, layout.low_bits)
+    codes = _spread(words, layout, layout.low_bits, layout.low_bit)
     if high is not None:
-        codes = codes | (_spread(high.to(torch.int32), layout, layout.high_bits) << layout.low_bits)
+        codes = codes | (_spread(high.to(torch.int32), layout, layout.high_bits, layout.high_bit) << layout.low_bits)
     if layout.values == "iq4":
         return _iq4_table(words.device)[codes]
     if layout.values == "fp8":
@@ -220,8 +221,9 @@ def _numbers(layout: WeightLayout, words: torch.Tensor, high: torch.Tensor | Non
     return (codes - layout.offset).to(torch.float32)
 
 
-def _spread(words: torch.Tensor, layout: WeightLayout, bits: int) -> torch.Tensor:
-    shifts = torch.arange(0, layout.parts * bits, bits, dtype=torch.int32, device=words.device)[:, None]
+def _spread(words: torch.Tensor, layout: WeightLayout, bits: int, place: Callable[[int], int]) -> torch.Tensor:
+    places = [place(part) for part in range(layout.parts)]
+    shifts = torch.tensor(places, dtype=torch.int32, device=words.device)[:, None]
     spans = words.reshape(len(words), -1, 1, layout.words)
     return ((spans >> shifts) & (2**bits - 1)).reshape(len(words), -1)
 

@@ -7,6 +7,7 @@ pytest.importorskip("torch")
 from headrace.kernels.triton import linear_plan as plan
 from headrace.kernels.triton.weight import layout_of
 from headrace.kernels.triton.weight_blocks import FLOATS
+from headrace.ops import explain
 from headrace.ops.formats import FORMATS
 
 SHAPES = [(4096, 4096), (11008, 4096), (4096, 14336), (128256, 4096), (576, 1536), (1, 256)]
@@ -61,3 +62,22 @@ def test_large_matrices_keep_all_processors_busy_with_bytes_in_flight(name, mult
         busiest = -(-programs // multiprocessors)
         assert programs >= 0.75 * busiest * multiprocessors
         assert min(2, busiest) * (found.tile.stages - 1) * found.tile.step_bytes >= plan.IN_FLIGHT_BYTES
+
+
+@EACH_FORMAT
+@pytest.mark.parametrize("precision", ["auto", "fast", "exact"])
+@pytest.mark.parametrize("device", ["cuda", "hip"])
+def test_explained_is_what_is_planned(name, precision, device):
+    """The choice knows no layouts: whether x becomes integers it tells from names."""
+    layout = layout_of(name, 4096)
+    for tokens in (1, 2, 3, 4, 5, 32):
+        arch = "sm_90" if device == "cuda" else "gfx942"
+        dtype = {"x": "bfloat16", "weight": name}
+        told = explain(
+            "linear", (tokens, 4096), (4096, 4096), dtype=dtype, device=device, arch=arch, precision=precision
+        )
+        found = next(each for each in (told.chosen, *told.able) if each.kernel == "triton_linear")
+        few = tokens <= plan.few_rows_of(layout, precision, device == "hip")
+        integers = few and plan.in_integers(layout, precision, device == "hip")
+        assert (found.arithmetic == "int16") == integers
+        assert not few or found.arithmetic in ("int16", "fp32")
