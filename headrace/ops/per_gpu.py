@@ -10,8 +10,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 
 from headrace.gpu_machine import LAUNCH_SECONDS, USUAL_ARCH, Gpu, gpu_of
 from headrace.machine import KernelSpeed, Machine
@@ -21,6 +24,7 @@ from headrace.ops.select import Kernel, Plan, Reason, Request
 
 LIBRARY = "library"  # the predicate of a missing one
 GENERATION = "GPU generation"  # and of another GPU
+OLDEST_LIBRARIES = {"torch": "2.9", "triton": "3.6"}
 
 # Of a kernel that was never measured: shares of the roofs of arithmetic and of copying.
 DEFAULT_SPEED = KernelSpeed(LAUNCH_SECONDS, arithmetic=0.6, read=0.85)
@@ -108,9 +112,14 @@ def why_not_there(request: Request, arches: tuple[str, ...] | None) -> list[Reas
 
 
 def why_not_installed(libraries: Sequence[str]) -> list[Reason]:
-    """The first of these libraries that is missing."""
-    missing = [library for library in libraries if not _installed(library)]
-    return [Reason(LIBRARY, f"no {name}", name, "pip install 'headrace[torch]'") for name in missing[:1]]
+    """The first of these libraries that is missing, or older than what kernels are written for."""
+    for library in libraries:
+        if not _installed(library):
+            return [Reason(LIBRARY, f"no {library}", library, "pip install 'headrace[torch]'")]
+        if found := _outdated(library):
+            needed, fix = f"{library} {OLDEST_LIBRARIES[library]} or newer", "pip install --upgrade 'headrace[torch]'"
+            return [Reason(LIBRARY, f"{library} {found}", needed, fix)]
+    return []
 
 
 def interpreter_asked() -> bool:
@@ -121,6 +130,21 @@ def interpreter_asked() -> bool:
 @functools.cache
 def _installed(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
+
+
+@functools.cache
+def _outdated(library: str) -> str:
+    """The version that is installed, by whatever name it is distributed under, if it is too old; else ""."""
+    for name in (library, f"pytorch-{library}", f"{library}-rocm", f"pytorch-{library}-rocm"):
+        with suppress(PackageNotFoundError):
+            found = version(name)
+            return found if _numbers(found) < _numbers(OLDEST_LIBRARIES[library]) else ""
+    return ""
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """The first two of a version: 2, 11 of "2.11.0+cu130"."""
+    return tuple(int(found) for found in re.findall(r"\d+", text)[:2])
 
 
 def _too_old(arch: str) -> bool:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from headrace.errors import ArgumentError, KernelError
 from headrace.gpu_machine import Gpu, gpu_of, keep_gpu, keep_gpu_speeds, known_gpu
 from headrace.kernels import arrays
 from headrace.machine import KernelSpeed, this_machine
+from headrace.ops import per_gpu
 from headrace.ops.call_request import requests_of
 from headrace.ops.explanation import explain_request
 from headrace.ops.per_gpu import arithmetic_of, gpu_kernel, roof_seconds, tiled_plan
@@ -100,6 +102,27 @@ def test_missing_libraries_are_a_reason_beside_the_kernels_own(monkeypatch: pyte
     reasons = found.why_not(request())
     assert [reason.predicate for reason in reasons] == ["library", "head_dim"] and "triton" in reasons[0].observed
     assert gpu_kernel("torch_x", "headrace.kernels.torch.x", lambda asked: []).why_not(request()) == []
+
+
+@pytest.mark.parametrize(
+    "name,version,told",
+    [
+        ("triton", "3.5.1", "triton 3.5.1"),
+        ("pytorch-triton-rocm", "3.3.0+git", "triton 3.3.0+git"),
+        ("triton", "3.6.0", ""),
+        ("triton", "3.10.0", ""),
+        ("somebody's", "1.0", ""),  # by a name that we do not know: it is tried
+    ],
+)
+def test_an_old_library_is_a_reason(name: str, version: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version_of(asked: str) -> str:
+        if asked != name:
+            raise PackageNotFoundError(asked)
+        return version
+
+    monkeypatch.setattr(per_gpu, "version", version_of)
+    monkeypatch.setattr(per_gpu, "_outdated", per_gpu._outdated.__wrapped__)
+    assert [reason.observed for reason in per_gpu.why_not_installed(["triton"])] == ([told] if told else [])
 
 
 def test_a_kernel_is_imported_by_its_first_run() -> None:
