@@ -59,7 +59,7 @@ def flash_attn_func(
     """out [batch, queries, heads, value_dim] of q [batch, queries, heads, dim], k, v [batch, keys, kv_heads, dim]."""
     scales: dict[str, Any] = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     further = Further(qv=qv, **scales, attention_chunk=attention_chunk)
-    options = options_of(softmax_scale, causal, window_size, softcap)
+    options = options_of(softmax_scale, causal, window_size, softcap, deterministic=deterministic)
     return _answer(dense((q, k, v), options, further), return_attn_probs)
 
 
@@ -81,7 +81,7 @@ def flash_attn_qkvpacked_func(
     """`flash_attn_func` of qkv [batch, tokens, 3, heads, dim], or [batch, tokens, num_heads_q + 2 kv_heads, dim]."""
     scales: dict[str, Any] = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     further = Further(**scales, attention_chunk=attention_chunk)
-    options = options_of(softmax_scale, causal, window_size, softcap)
+    options = options_of(softmax_scale, causal, window_size, softcap, deterministic=deterministic)
     return _answer(dense(unpacked(qkv, num_heads_q), options, further), return_attn_probs)
 
 
@@ -116,7 +116,7 @@ def flash_attn_varlen_func(
     """
     scales: dict[str, Any] = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     further = Further(qv=qv, **scales, attention_chunk=attention_chunk, seqused_q=seqused_q, seqused_k=seqused_k)
-    options = options_of(softmax_scale, causal, window_size, softcap)
+    options = options_of(softmax_scale, causal, window_size, softcap, deterministic=deterministic)
     found = ragged(q, cu_seqlens_q, keys_of(k, v, cu_seqlens_k, further), options, further)
     return _answer(found, return_attn_probs)
 

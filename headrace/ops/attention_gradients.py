@@ -70,6 +70,7 @@ def attention_backward(
     key_starts: Any = None,
     key_lens: Any = None,
     precision: str = "auto",
+    deterministic: bool = False,
     kernel: str | None = None,
     require: Sequence[str] = (),
 ) -> AttentionGradients:
@@ -77,7 +78,8 @@ def attention_backward(
 
     out, lse: what `attention` returned for these arguments, which are its own; keys and values are floats. d_out: of
     out's shape, in any of its types. Rows that see no key and keys that no row sees: 0. mask and alibi_slopes are given
-    no gradient. One call has one result, bit for bit, on any number of threads.
+    no gradient. deterministic: one call has one result, bit for bit, whatever else is in its batch; so it is on CPUs,
+    on any number of threads, and of tensors where torch.use_deterministic_algorithms is on.
     Raises ArgumentError for whatever does not fit, KernelError when no kernel, or not the one asked for, can run.
     """
     call = prepared(
@@ -100,6 +102,7 @@ def attention_backward(
         key_starts=key_starts,
         key_lens=key_lens,
         precision=precision,
+        deterministic=deterministic,
     )
     call, found = simplified(call), outputs(call)
     places = {"d_query": found.query, "d_key": found.key, "d_value": found.value, "d_sinks": found.sinks}
@@ -128,8 +131,17 @@ def prepared(
             checks.check_shape(name, arrays[name], rows)
             checks.check_type(name, arrays[name], ("float64",) if exact else ("float32",))
     check_same_device(arrays)
-    options = replace(call.options, deterministic=True)
+    options = replace(call.options, deterministic=call.options.deterministic or _one_order_asked(query))
     return replace(call, op="attention_backward", arrays=arrays, options=options)
+
+
+def _one_order_asked(array: Any) -> bool:
+    """Whether torch was told to give the same bits always, of its tensors."""
+    if not is_torch(array):
+        return False
+    import torch
+
+    return torch.are_deterministic_algorithms_enabled()
 
 
 def _check_floats(call: Call) -> None:
@@ -183,8 +195,8 @@ def request_of(call: Call) -> Request:
     shapes = {name: shape_of(array, name) for name, array in call.arrays.items()}
     dtypes = {name: dtype_name(array) for name, array in call.arrays.items()}
     options = call.options
-    said = {name: getattr(options, name) for name in ("causal", "align", "window", "softcap", "precision")}
-    said |= {"deterministic": True, "num_keys": call.extent.keys}
+    names = ("causal", "align", "window", "softcap", "precision", "deterministic")
+    said = {name: getattr(options, name) for name in names} | {"num_keys": call.extent.keys}
     said |= {"mask": call.mask_text} if call.mask_text else {}
     return Request(call.op, shapes, dtypes, traffic(call, shapes, dtypes), said, *call.place)
 

@@ -326,7 +326,9 @@ def _why_not_double(request: Request) -> list[Reason]:
 
 
 def _planned(arithmetic: str, request: Request, machine: Machine) -> Plan:
-    return _plan_of(arithmetic, machine.cores, bool(request.options["deterministic"]), request.options.get("mask"))
+    # Gradients are added in one order whatever is asked for.
+    invariant = bool(request.options["deterministic"]) or request.op == "attention_backward"
+    return _plan_of(arithmetic, machine.cores, invariant, request.options.get("mask"))
 
 
 @functools.lru_cache(maxsize=64)

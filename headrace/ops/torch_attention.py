@@ -77,7 +77,7 @@ def empty_result(query: Tensor, value: Tensor, out_dtype: str | None, value_dim:
 
 def gradients_of(given: dict[str, Any]) -> Gradients:
     """Those of query, key, value and sinks; None of what is quantized, or not given."""
-    names = [name for name in given if name not in ("window_left", "window_right", "deterministic")]
+    names = [name for name in given if name not in ("window_left", "window_right")]
     arrays = {name: given[name] for name in names} | {"window": (given["window_left"], given["window_right"])}
     scales = [arrays.pop(name) for name in ("key_scales", "value_scales")]
     quantized = given["key"].dtype not in FLOATS

@@ -17,7 +17,7 @@ ROWS = {
     "decode_p16_b1_4k": {"triton_paged"},
     "mla128_b128_4k": {"triton_mla", "gluon_mla"},
     "prefill_8k": {"triton_attention", "gluon_attention"},
-    "backward_8k_gqa": {"triton_attention_backward"},
+    "backward_8k_gqa": {"triton_attention_backward", "triton_attention_backward_atomic"},
     "linear_bf16_out": {"triton_linear"},
     "linear_q4_k_gate_up": {"triton_linear"},
 }

@@ -16,6 +16,7 @@ CALLS = (
     ("dense", "triton_attention"),
     ("dense", "gluon_attention"),
     ("backward", "triton_attention_backward"),
+    ("backward", "triton_attention_backward_atomic"),
 )
 FOUND = 9  # exit code of the sanitizer where it found something
 _TIMEOUT_S = 300

@@ -14,7 +14,8 @@ of arguments is in `headrace.compat.flash_attn_interface`, version 4's in `headr
 | softcap, alibi_slopes, softmax_scale, learnable_sink, qv | the log-sum-exp has the sink in it; qv copies the keys |
 | return_attn_probs | (out, lse, empty); return_lse, return_softmax_lse: (out, lse); no key seen: out 0, lse +inf |
 | cache | appended to in place; dense, paged, cache_batch_idx, cache_leftpad, rotary of both kinds; no gradients |
-| deterministic, num_splits, pack_gqa, sm_margin, scheduler_metadata, max_seqlen_* | taken, without effect |
+| deterministic | of out and of gradients: bits that neither the batch nor another run changes; on the CPU always so |
+| num_splits, pack_gqa, sm_margin, scheduler_metadata, max_seqlen_* | taken, without effect |
 | dropout_p, score_mod, mask_mod, block_sparse_tensors, gather_kv_indices | NotImplementedError |
 """
 

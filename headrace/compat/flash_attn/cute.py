@@ -55,7 +55,9 @@ def flash_attn_func(
     refuse({"aux_tensors": aux_tensors, "aux_scalars": aux_scalars, "gather_kv_indices": gather_kv_indices})
     refuse({"block_sparse_tensors": block_sparse_tensors, "block_sparse_tensors_bwd": block_sparse_tensors_bwd})
     further = Further(qv=qv, learnable_sink=learnable_sink, return_lse=return_lse)
-    found = dense((q, k, v), options_of(softmax_scale, causal, window_size, softcap), further)
+    found = dense(
+        (q, k, v), options_of(softmax_scale, causal, window_size, softcap, deterministic=deterministic), further
+    )
     return _answer(found, further, q, k, v)
 
 
@@ -98,7 +100,7 @@ def flash_attn_varlen_func(
     refuse({"block_sparse_tensors": block_sparse_tensors})
     used: dict[str, Any] = {"seqused_q": seqused_q, "seqused_k": seqused_k, "page_table": page_table}
     further = Further(qv=qv, learnable_sink=learnable_sink, return_lse=return_lse, **used)
-    options = options_of(softmax_scale, causal, window_size, softcap)
+    options = options_of(softmax_scale, causal, window_size, softcap, deterministic=deterministic)
     found = ragged(q, cu_seqlens_q, keys_of(k, v, cu_seqlens_k, further), options, further)
     return _answer(found, further, q, k, v)
 

@@ -52,12 +52,12 @@ def flash_attn_func(
 ) -> Any:
     """out [batch, queries, heads, value_dim] of q [batch, queries, heads, dim], k and v [batch, keys, kv_heads, dim].
 
-    further: qv, q_descale, k_descale, v_descale, learnable_sink, return_lse; hints without effect here. deterministic
-    has none either: results always are.
+    further: qv, q_descale, k_descale, v_descale, learnable_sink, return_lse; hints without effect here. deterministic:
+    of out and gradients, on a GPU; on the CPU results always are.
     """
     refuse({"dropout_p": dropout_p})
     given = Further.read("flash_attn_func", further)
-    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _answer(dense((q, k, v), options, given), return_attn_probs, given)
 
 
@@ -77,7 +77,7 @@ def flash_attn_kvpacked_func(
     """`flash_attn_func` of kv [batch, keys, 2, kv_heads, dim], read where it lies."""
     refuse({"dropout_p": dropout_p})
     given = Further.read("flash_attn_kvpacked_func", further)
-    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _answer(dense((q, *_pair(kv)), options, given), return_attn_probs, given)
 
 
@@ -96,7 +96,7 @@ def flash_attn_qkvpacked_func(
     """`flash_attn_func` of qkv [batch, tokens, 3, heads, dim], or [batch, tokens, num_heads_q + 2 kv_heads, dim]."""
     refuse({"dropout_p": dropout_p})
     given = Further.read("flash_attn_qkvpacked_func", further, "num_heads_q")
-    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     return _answer(dense(unpacked(qkv, given.num_heads_q), options, given), return_attn_probs, given)
 
 
@@ -127,7 +127,7 @@ def flash_attn_varlen_func(
     refuse({"dropout_p": dropout_p})
     given = Further.read("flash_attn_varlen_func", further, "seqused_q", "seqused_k", "page_table")
     given = replace(given, page_table=given.page_table if block_table is None else block_table)
-    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     found = ragged(q, cu_seqlens_q, keys_of(k, v, cu_seqlens_k, given), options, given)
     return _answer(found, return_attn_probs, given)
 
@@ -152,7 +152,7 @@ def flash_attn_varlen_kvpacked_func(
     """`flash_attn_varlen_func` of kv [tokens, 2, kv_heads, dim], read where it lies."""
     refuse({"dropout_p": dropout_p})
     given = Further.read("flash_attn_varlen_kvpacked_func", further, "seqused_q", "seqused_k")
-    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     keys = keys_of(*_pair(kv), cu_seqlens_k, given)
     return _answer(ragged(q, cu_seqlens_q, keys, options, given), return_attn_probs, given)
 
@@ -174,7 +174,7 @@ def flash_attn_varlen_qkvpacked_func(
     """`flash_attn_varlen_func` of qkv [tokens, 3, heads, dim], read where it lies."""
     refuse({"dropout_p": dropout_p})
     given = Further.read("flash_attn_varlen_qkvpacked_func", further, "num_heads_q")
-    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes)
+    options = options_of(softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
     q, k, v = unpacked(qkv, given.num_heads_q)
     return _answer(ragged(q, cu_seqlens, keys_of(k, v, cu_seqlens, given), options, given), return_attn_probs, given)
 

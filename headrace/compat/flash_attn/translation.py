@@ -88,10 +88,12 @@ def options_of(
     window_size: Any,
     softcap: float | None,
     alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
 ) -> dict[str, Any]:
     """The options of an op. window_size: (left, right), None or below 0 for no bound; softcap: None or 0 for none."""
     left, right = (None if bound is None or bound < 0 else int(bound) for bound in window_size)
-    return {
+    one_order = {"deterministic": True} if deterministic else {}
+    return one_order | {
         "scale": softmax_scale,
         "causal": bool(causal),
         "window": (left, right),

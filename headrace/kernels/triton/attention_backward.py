@@ -1,24 +1,27 @@
-"""Gradients of attention over dense or ragged keys: FlashAttention-2's backward without atomics, every option.
+"""Gradients of attention over dense or ragged keys, every option: in one order, or queries' added up in memory.
 
-Wins always on a GPU: it is the only one with every option. Schedule: three kernels. One per token and head: the
-logarithm of what its weights sum up to, and delta, which is all that its keys' gradients have in common. Gradients of
-keys and values: a program has a tile of keys of one KV head and walks the rows that see any of them, head after head of
-the group, request after request that has these keys. Gradients of queries: a program has a tile of rows and walks the
-keys they see. Scores are computed in both, seven products instead of five; every sum has one order, so bits depend on
-neither other requests nor the schedule. Gradients of sinks: parts of 64 rows, summed in their order.
+Wins always on a GPU: no other has every option. Schedule: per token and head the logarithm of what its weights sum up
+to, and delta, all that its keys' gradients have in common. Gradients of keys and values: a program has a tile of keys
+of one KV head and walks the rows that see any of them, head after head of the group, request after request.
+`run`: those of queries from a second walk, a tile of rows past the keys they see, seven products; every sum has one
+order, so bits depend on neither other requests nor the schedule. `run_atomic`: from the first walk too, five products:
+each tile's share is added to float32 in memory, and the sums are rounded; wins by some 40 % where rows are many.
+Gradients of sinks: parts of rows, summed in their order. Scores stand keys by rows: weights and slopes, rounded, are
+the left factors of dV and dK as they lie in registers.
 Source: Dao 2023, "FlashAttention-2", section 3.2; docs/kernels/attention_gpu.md. Error: as the forward's, with weights
 and their slopes rounded to 16 bits where the inputs are. Not measured yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
 
 from headrace.kernels.triton.attention_backward_call import backward_calls
+from headrace.kernels.triton.attention_call import KernelCall
 from headrace.kernels.triton.attention_mask import mask_bits, mask_state
 from headrace.kernels.triton.attention_scores import (
     HIDDEN,
@@ -52,6 +55,7 @@ def rows_kernel(
     lse,
     d_lse,
     sinks,
+    query_starts,
     totals,
     deltas,
     d_sink_parts,
@@ -62,19 +66,24 @@ def rows_kernel(
     sizes,
     form: tl.constexpr,
 ):
-    """Of each row the logarithm to the base 2 of its weights' sum, and delta. Where nothing is seen: inf and 0."""
+    """Of each row the logarithm to the base 2 of its weights' sum, and delta. Where nothing is seen: inf and 0.
+
+    They lie in tiles that hold rows of one request: past its end as where nothing is seen.
+    """
     out_part: tl.constexpr = form.out_part
-    num_tokens, heads, tiles = size(sizes[0]), size(sizes[1]), size(sizes[2])
+    sizes = sizes_of(sizes)
+    heads, tiles = sizes[3], sizes[4]
     number = tl.program_id(0)
-    head = (number % heads).to(tl.int64)
-    tile = number // heads % tiles
-    batch = (number // (heads * tiles)).to(tl.int64)
-    token = tile * form.rows + tl.arange(0, form.rows)
-    live, place = token < num_tokens, token.to(tl.int64)
+    head, of_head = (number % heads).to(tl.int64), number // heads
+    batch, tile = (of_head // tiles).to(tl.int64), of_head % tiles
+    row_begin, query_len, first = _tile_of_rows(query_starts, tile, sizes, form.rows)
+    token = first + tl.arange(0, form.rows)
+    end = tl.where(first < 0, 0, query_len)
+    live, place = (token >= 0) & (token < end), (row_begin + token).to(tl.int64)
     at, far = d_out + batch * d_out_strides[0] + head * d_out_strides[2], (place * d_out_strides[1])[:, None]
-    d_0, d_1 = two_parts(at, far, token, 0, num_tokens, out_part, tl.float32, False)
+    d_0, d_1 = two_parts(at, far, token, 0, end, out_part, tl.float32, False)
     at, far = out + batch * out_strides[0] + head * out_strides[2], (place * out_strides[1])[:, None]
-    o_0, o_1 = two_parts(at, far, token, 0, num_tokens, out_part, tl.float32, False)
+    o_0, o_1 = two_parts(at, far, token, 0, end, out_part, tl.float32, False)
     shared = tl.sum(d_0 * o_0, 1)
     if out_part.two:
         shared += tl.sum(d_1 * o_1, 1)
@@ -92,9 +101,29 @@ def rows_kernel(
     if d_lse is not None:
         far = batch * size(d_lse_strides[0]) + place * size(d_lse_strides[1]) + head * size(d_lse_strides[2])
         shared -= tl.load(d_lse + far, mask=live, other=0.0) * tl.exp2((total - logarithm) * LOG2_E)
-    to = (batch * heads + head) * num_tokens + place
-    tl.store(totals + to, tl.where(sees, total * LOG2_E, float("inf")), mask=live)
-    tl.store(deltas + to, tl.where(sees, shared, 0.0), mask=live)
+    to = ((batch * heads + head) * tiles + tile) * form.rows + tl.arange(0, form.rows)
+    tl.store(totals + to, tl.where(sees, total * LOG2_E, float("inf")))
+    tl.store(deltas + to, tl.where(sees, shared, 0.0))
+
+
+@triton.jit
+def _tile_of_rows(query_starts, tile, sizes, rows: tl.constexpr):
+    """Where a tile's request begins, how long it is, and the tile's first row in it: negative for a tile of nobody."""
+    row_begin = 0
+    query_len = sizes[1]
+    if query_starts is not None:
+        request, tile = request_of(query_starts, tile, sizes, 1, rows)
+        row_begin, query_len, _, _ = extent_of(request, query_starts, None, None, sizes)
+    return row_begin, query_len, tile * rows
+
+
+@triton.jit
+def _places_of_rows(query_starts, row_begin, request, sizes, padded: tl.constexpr):
+    """Of totals and deltas: how many a head has, and where a request's begin, which has tiles of its own."""
+    if query_starts is not None:
+        return (sizes[1] // padded + sizes[0]) * padded, (row_begin // padded + request) * padded
+    else:
+        return tl.cdiv(sizes[1], padded) * padded, 0
 
 
 @triton.jit(do_not_specialize=["num_parts"])
@@ -135,6 +164,16 @@ def _slopes(scores, flows, shrunk, total, delta, factor, form: tl.constexpr):
 
 
 @triton.jit
+def _add_slopes(d_query, tile, slopes, keys, width: tl.constexpr, form: tl.constexpr):
+    """Adds what a tile of keys gives to the gradients of a tile of rows, both as columns."""
+    precision: tl.constexpr = form.precision
+    value_type: tl.constexpr = form.value_type
+    found = tl.full([width, form.rows], 0.0, tl.float32)
+    found = dot(tl.trans(rounded_to(keys, value_type)), slopes, found, precision)
+    d_query.atomic_add([tile * width, 0], found)
+
+
+@triton.jit
 def _rows_walked(
     sums,
     k_0,
@@ -145,12 +184,15 @@ def _rows_walked(
     d_out,
     totals,
     deltas,
+    d_query_0,
+    d_query_1,
     first_keys,
     last_keys,
     slope,
     mask,
     mask_states,
     bounds,
+    tile,
     steps,
     here,
     shift,
@@ -177,7 +219,6 @@ def _rows_walked(
     # Rows past the end need no comparison: their total is infinite.
     whole_end = tl.where(all_end >= any_end, tl.maximum(whole_begin, end), whole_end)
     in_rows = tl.arange(0, form.rows)
-    far = in_rows[:, None].to(tl.int64) if form.wide else in_rows[:, None]
     column = num_columns + tl.min(here, 0) - key_len
     factor = LOG2_E if form.natural else scale * LOG2_E
     for phase in tl.static_range(3):
@@ -188,6 +229,9 @@ def _rows_walked(
                 token = start + in_rows
                 live = (token >= any_begin) & (token < any_end)
                 moved = (start + 0 * num_words).to(tl.int64)
+                # Of a tile seen whole, rows past the end are the last one again, with weights of 0: no load is masked.
+                place = tl.minimum(in_rows, any_end - 1 - start) if phase == 1 else in_rows
+                far = place[:, None].to(tl.int64) if form.wide else place[:, None]
                 state = 2
                 if mask_states is not None:
                     last = row_begin + tl.minimum(start + form.rows, any_end) - 1
@@ -201,7 +245,7 @@ def _rows_walked(
                         any_end,
                         key_part,
                         form.score_type,
-                        False,
+                        phase == 1,
                     )
                     o_0, o_1 = two_parts(
                         d_out + moved * steps[1],
@@ -211,40 +255,43 @@ def _rows_walked(
                         any_end,
                         out_part,
                         value_type,
-                        False,
+                        phase == 1,
                     )
-                    total = tl.load(totals + token, mask=live, other=float("inf"))[:, None]
-                    delta = tl.load(deltas + token, mask=live, other=0.0)[:, None]
-                    scores = product(q_0, q_1, k_0, k_1, key_part.two, precision)
-                    own = (token + shift)[:, None]
-                    scores, shrunk = adjusted(scores, own, here[None, :], slope, scale, softcap, form)
+                    total = tl.load(totals + moved + in_rows)[None, :]
+                    delta = tl.load(deltas + moved + in_rows)[None, :]
+                    scores = product(k_0, k_1, q_0, q_1, key_part.two, precision)
+                    own = (token + shift)[None, :]
+                    scores, shrunk = adjusted(scores, own, here[:, None], slope, scale, softcap, form)
                     if form.masked == "float":
-                        from_mask = (mask + (row_begin + token).to(tl.int64) * steps[2])[:, None]
-                        columns = (column + tl.arange(0, form.keys))[None, :]
-                        scores += mask_tile(from_mask, columns, steps[3], num_columns, live[:, None])
+                        from_mask = (mask + (row_begin + token).to(tl.int64) * steps[2])[None, :]
+                        columns = (column + tl.arange(0, form.keys))[:, None]
+                        scores += mask_tile(from_mask, columns, steps[3], num_columns, live[None, :])
                     if phase != 1:
-                        seen = live[:, None] & seen_by(own, here[None, :], 0, key_len, window, form)
+                        seen = live[None, :] & seen_by(own, here[:, None], 0, key_len, window, form)
                         if first_keys is not None:
-                            first_key = tl.load(first_keys + token, mask=live, other=0)[:, None]
-                            last_key = tl.load(last_keys + token, mask=live, other=-1)[:, None]
-                            seen = seen & (here[None, :] >= first_key) & (here[None, :] <= last_key)
+                            first_key = tl.load(first_keys + token, mask=live, other=0)[None, :]
+                            last_key = tl.load(last_keys + token, mask=live, other=-1)[None, :]
+                            seen = seen & (here[:, None] >= first_key) & (here[:, None] <= last_key)
                         scores = tl.where(seen, scores, HIDDEN)
                     if form.masked == "bits" and state == 3:
                         words = mask + (row_begin + token).to(tl.int64) * steps[2]
                         bits = mask_bits(words, column, num_words, live, form.keys)
-                        scores = tl.where(bits, scores, HIDDEN)
-                    flows = product(o_0, o_1, v_0, v_1, out_part.two, precision)
+                        scores = tl.where(tl.trans(bits), scores, HIDDEN)
+                    flows = product(v_0, v_1, o_0, o_1, out_part.two, precision)
                     weights, slopes = _slopes(scores, flows, shrunk, total, delta, factor, form)
                     if phase != 1:
                         slopes = tl.where(scores == HIDDEN, 0.0, slopes)  # even where what nobody sees is NaN
-                    weights = tl.trans(rounded_to(weights, value_type))
-                    slopes = tl.trans(rounded_to(slopes, value_type))
+                    weights, slopes = rounded_to(weights, value_type), rounded_to(slopes, value_type)
                     dv_0 = dot(weights, o_0, dv_0, precision)
                     dk_0 = dot(slopes, rounded_to(q_0, value_type), dk_0, precision)
                     if out_part.two:
                         dv_1 = dot(weights, o_1, dv_1, precision)
                     if key_part.two:
                         dk_1 = dot(slopes, rounded_to(q_1, value_type), dk_1, precision)
+                    if d_query_0 is not None:
+                        _add_slopes(d_query_0, tile + start // form.rows, slopes, k_0, key_part.width_0, form)
+                        if key_part.two:
+                            _add_slopes(d_query_1, tile + start // form.rows, slopes, k_1, key_part.width_1, form)
     return dk_0, dk_1, dv_0, dv_1
 
 
@@ -258,6 +305,8 @@ def keys_kernel(
     deltas,
     d_key,
     d_value,
+    d_query_0,
+    d_query_1,
     query_starts,
     key_starts,
     key_lens,
@@ -300,15 +349,19 @@ def keys_kernel(
         key_end = held(tl.load(key_lens + batch), 0, num_keys)
     key += batch * key_strides[0] + kv_head * key_strides[2]
     value += batch * value_strides[0] + kv_head * value_strides[2]
-    k_0, k_1 = two_parts(key, place * key_strides[1], base + in_tile, 0, key_end, key_part, form.score_type, False)
+    if d_query_0 is None:
+        k_0, k_1 = two_parts(key, place * key_strides[1], base + in_tile, 0, key_end, key_part, form.score_type, False)
     v_0, v_1 = two_parts(value, place * value_strides[1], base + in_tile, 0, key_end, out_part, form.value_type, False)
     dk_0 = tl.full([form.keys, key_part.width_0], 0.0, tl.float32)
     dk_1 = tl.full([form.keys, key_part.width_1 if key_part.two else 16], 0.0, tl.float32)
     dv_0 = tl.full([form.keys, out_part.width_0], 0.0, tl.float32)
     dv_1 = tl.full([form.keys, out_part.width_1 if out_part.two else 16], 0.0, tl.float32)
+    # Computed anew in each round, what follows from the tile's place takes no registers while rows pass.
+    kept = base
     for request in tl.range(first_request, last_request + 1, disable_licm=True):
+        kept = tl.where(group > 0, kept, 0)
         row_begin, query_len, key_begin, key_len = extent_of(request, query_starts, key_starts, key_lens, sizes)
-        first = base - key_begin
+        first = kept - key_begin
         shift = 0 if form.top_left else key_len - query_len
         seen_first, seen_end = tl.maximum(first, 0), tl.minimum(first + form.keys, key_len)
         any_begin, any_end, all_begin, all_end = rows_of_keys(seen_first, seen_end - 1, shift, query_len, window, form)
@@ -316,13 +369,22 @@ def keys_kernel(
         # A tile that is not all this request's is compared with all rows.
         whole = (first >= 0) & (first + form.keys <= key_len) & (first_keys is None)
         all_begin, all_end = tl.where(whole, all_begin, any_end), tl.where(whole, all_end, any_end)
+        if d_query_0 is not None:
+            # What is no key of this request's rows is 0, whatever it holds: it would be multiplied by slopes of 0.
+            seen_begin, seen_last, _, _ = keys_of_rows(0, query_len - 1, shift, key_len, window, form)
+            there = in_tile + first
+            place = (kept + in_tile).to(tl.int64)[:, None]
+            k_0, k_1 = two_parts(
+                key, place * key_strides[1], there, seen_begin, seen_last, key_part, form.score_type, False
+            )
         row = row_begin.to(tl.int64)
+        head_rows, first_row = _places_of_rows(query_starts, row_begin, request, sizes, form.padded)
         from_first, from_last = first_keys, last_keys
         if first_keys is not None:
             from_first, from_last = from_first + batch * num_queries + row, from_last + batch * num_queries + row
         for member in tl.range(0, group, disable_licm=True):
             head = kv_head * group + member
-            from_row = (batch * sizes[3] * group + head) * num_queries + row
+            from_row = (batch * sizes[3] * group + head) * head_rows + first_row
             slope, from_mask, from_states = alibi_slopes, mask, mask_states
             if alibi_slopes is not None:
                 slope = tl.load(alibi_slopes + request * alibi_stride + head)
@@ -340,12 +402,15 @@ def keys_kernel(
                 d_out + batch * d_out_strides[0] + row * d_out_strides[1] + head * d_out_strides[2],
                 totals + from_row,
                 deltas + from_row,
+                d_query_0,
+                d_query_1,
                 from_first,
                 from_last,
                 slope,
                 from_mask,
                 from_states,
                 (any_begin, any_end, all_begin, all_end),
+                (from_row // form.rows).to(tl.int32),
                 (query_strides[1], d_out_strides[1], mask_strides[2], mask_strides[3], state_strides[2]),
                 first + in_tile,
                 shift,
@@ -358,7 +423,7 @@ def keys_kernel(
                 softcap,
                 form,
             )
-    live = base + in_tile < num_keys
+    place, live = (kept + in_tile).to(tl.int64)[:, None], kept + in_tile < num_keys
     d_key += batch * d_key_strides[0] + kv_head * d_key_strides[2]
     d_value += batch * d_value_strides[0] + kv_head * d_value_strides[2]
     store_parts(d_key, place * d_key_strides[1], dk_0 * scale, dk_1 * scale, live, key_part)
@@ -422,9 +487,10 @@ def queries_kernel(
     q_0, q_1 = two_parts(at, place[:, None] * query_strides[1], token, 0, query_len, key_part, form.score_type, False)
     at = d_out + batch * d_out_strides[0] + head * d_out_strides[2]
     o_0, o_1 = two_parts(at, place[:, None] * d_out_strides[1], token, 0, query_len, out_part, value_type, False)
-    in_totals = (head + (0 if query_starts is not None else batch) * sizes[3]) * sizes[1] + place
-    total = tl.load(totals + in_totals, mask=live, other=float("inf"))[:, None]
-    delta = tl.load(deltas + in_totals, mask=live, other=0.0)[:, None]
+    head_rows, first_row = _places_of_rows(query_starts, row_begin, request, sizes, form.padded)
+    in_totals = (head + (0 if query_starts is not None else batch) * sizes[3]) * head_rows + first_row + token
+    total = tl.load(totals + in_totals)[:, None]
+    delta = tl.load(deltas + in_totals)[:, None]
     any_begin, any_end, all_begin, all_end = keys_of_rows(first, last, shift, key_len, window, form)
     first_key, last_key = token, token
     if first_keys is not None:
@@ -494,14 +560,54 @@ def queries_kernel(
     store_parts(at, place[:, None] * d_query_strides[1], dq_0 * scale, dq_1 * scale, live, key_part)
 
 
+@triton.jit
+def round_kernel(d_query_0, d_query_1, d_query, query_starts, d_query_strides, sizes, scale, form: tl.constexpr):
+    """Gradients of a tile of query rows from their sums, which lie as columns."""
+    sizes = sizes_of(sizes)
+    part: tl.constexpr = form.key_part
+    number = tl.program_id(0)
+    tile, head = number % sizes[4], (number // sizes[4] % sizes[3]).to(tl.int64)
+    batch = (number // (sizes[4] * sizes[3])).to(tl.int64)
+    row_begin, query_len, first = _tile_of_rows(query_starts, tile, sizes, form.rows)
+    if (first < 0) | (first >= query_len):
+        return
+    token, row = first + tl.arange(0, form.rows), tl.arange(0, form.rows)
+    at = number.to(tl.int64) * (form.rows * part.width_0) + tl.arange(0, part.width_0)[:, None] * form.rows
+    sums_0 = tl.trans(tl.load(d_query_0 + at + row[None, :])) * scale
+    sums_1 = sums_0
+    if part.two:
+        at = number.to(tl.int64) * (form.rows * part.width_1) + tl.arange(0, part.width_1)[:, None] * form.rows
+        sums_1 = tl.trans(tl.load(d_query_1 + at + row[None, :])) * scale
+    at = d_query + batch * d_query_strides[0] + head * d_query_strides[2]
+    far = (row_begin + token).to(tl.int64)[:, None] * d_query_strides[1]
+    store_parts(at, far, sums_0, sums_1, token < query_len, part)
+
+
 def run(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
     """Fills arrays["d_query"], ["d_key"], ["d_value"] and, with sinks, ["d_sinks"]; nothing is read back."""
-    kernels = {"rows": rows_kernel, "keys": keys_kernel, "queries": queries_kernel, "sinks": sinks_kernel}
+    _launch(arrays, backward_calls(arrays, options))
+
+
+def run_atomic(arrays: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """The same, with the queries' gradients added up in memory in whatever order tiles of keys come."""
+    _launch(arrays, backward_calls(arrays, options, atomic=True))
+
+
+def _launch(arrays: Mapping[str, Any], calls: Iterator[tuple[str, KernelCall]]) -> None:
     with on_device_of(arrays["query"]):
-        for name, call in backward_calls(arrays, options):
-            kernels[name][(call.num_programs,)](**call.arguments, num_warps=call.num_warps, num_stages=call.num_stages)
+        for name, call in calls:
+            _KERNELS[name][(call.num_programs,)](**call.arguments, num_warps=call.num_warps, num_stages=call.num_stages)
 
 
 def variants() -> list[Variant]:
     """Configurations that `run` picks."""
-    return backward_variants({"rows": rows_kernel, "keys": keys_kernel, "queries": queries_kernel})
+    return backward_variants(_KERNELS)
+
+
+_KERNELS = {
+    "rows": rows_kernel,
+    "keys": keys_kernel,
+    "queries": queries_kernel,
+    "round": round_kernel,
+    "sinks": sinks_kernel,
+}

@@ -77,4 +77,5 @@ class Form:
     masked: str = ""  # "bits" or "float"
     mask_rows: int = 1
     mask_columns: int = 1
+    padded: int = 64  # rows of the tiles that totals lie in, no two requests in one
     wide: bool = False  # rows of a tile may lie farther apart than 32 bits count

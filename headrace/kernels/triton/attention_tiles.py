@@ -53,12 +53,12 @@ FORWARD = {
 # Gradients of keys and values: the sums of a tile of keys stay, rows pass.
 KEY_GRADIENTS = {
     "sm_80": {
-        16: (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-        32: (Tile(32, 32, 4, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        16: (Tile(32, 64, 4, 2), Tile(32, 64, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        32: (Tile(32, 32, 4, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
     "sm_90": {
-        16: (Tile(64, 64, 4, 2), Tile(128, 64, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
-        32: (Tile(32, 32, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+        16: (Tile(32, 128, 8, 2), Tile(32, 128, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        32: (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
     "sm_100": {
         16: (Tile(128, 64, 8, 2), Tile(128, 64, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
@@ -88,6 +88,17 @@ QUERY_GRADIENTS = {
         32: (Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
     },
 }
+# Both from the same walk of rows past a tile of keys: the queries' are added up in memory, by the copy engine.
+SUMMED_GRADIENTS = {
+    "sm_90": {
+        16: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        32: (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+    "sm_100": {
+        16: (Tile(64, 128, 8, 2), Tile(64, 128, 8, 1), Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)),
+        32: (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
+    },
+}
 # Few rows: bound by reading keys, so many of them are under way at a time.
 FEW = {
     16: (Tile(FEW_ROWS, 128, 4, 3), Tile(FEW_ROWS, 64, 4, 3), Tile(FEW_ROWS, 32, 4, 2), Tile(FEW_ROWS, 16, 4, 2)),
@@ -108,7 +119,8 @@ def tile_of(table: Any, chip: str, bits: int, width: int, *, few: bool = False, 
         one = replace(one, num_stages=min(one.num_stages, 2))
     most = MOST_KEYS_WITH_EXTRAS // 2 if table is QUERY_GRADIENTS else MOST_KEYS_WITH_EXTRAS
     if extra and one.keys > most and not few:
-        one = replace(one, keys=most, num_warps=8)
+        walked = table is KEY_GRADIENTS or table is SUMMED_GRADIENTS
+        one = Tile(32, most, 4, one.num_stages) if walked else replace(one, keys=most, num_warps=8)
     if few and chip == "gfx942":
         return Tile(one.rows, min(one.keys, 32), one.num_warps, 1)
     return one

@@ -5,24 +5,29 @@ Each case is a call as users make it, so that what is compiled here is what `run
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headrace.kernels.triton.attention_backward_call import backward_calls
 from headrace.kernels.triton.attention_call import KernelCall, forward_call
+from headrace.kernels.triton.attention_tiles import SUMMED_GRADIENTS
 from headrace.kernels.triton.variants import CHIPS, Variant
 
 OPTIONS = {"top_left": False, "window_left": -1, "window_right": 0, "scale": 0.1, "softcap": 0.0}
-# Addresses and what rows are compared with, computed once for all loops of a walk and read back between them; where
-# nothing else is said, sizes of the call that are used at its end alone.
-SPILLS = {"keys": {"sm_90": 400}}
+# Where nothing else is said, sizes of the call and addresses that are used before and behind the loops alone. With dQ:
+# those of the loops over whole tiles and over others, read back between these; by its SASS the first reads back
+# nothing (of ragged keys 3 of 551 instructions do), the other 6 of 1238.
+SPILLS = {"keys atomic": {"sm_90": 208}}
 FEW_SPILLS = {"sm_80": 16, "sm_90": 48}
 # The halves that tf32x3 makes of each query stay in registers; so do the sums of 512 values.
 LARGE = ("fp32 128", "bf16 576 512")
 SPILLS_OF_HALVES = {"sm_90": 144, "sm_100": 96}
+REDUCES = "cp.reduce.async.bulk.tensor"
 WGMMA = {"sm_90": ("wgmma.mma_async",)}
 _SPELLED = {
     torch.float32: "*fp32",
@@ -71,6 +76,8 @@ def variant_of(name: str, kernel: Any, call: KernelCall, chip: str, promises: Ma
     for argument, value in call.arguments.items():
         if isinstance(value, torch.Tensor):
             types[argument] = _SPELLED[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            types[argument] = f"tensordesc<fp32{value.block_shape}>"
         elif isinstance(value, tuple):
             types[argument] = ("i32",) * len(value)
         elif isinstance(value, (int, float)):
@@ -122,13 +129,31 @@ def _forward_cases() -> dict[str, tuple[dict[str, Any], dict[str, Any], tuple[st
 def backward_variants(kernels: Mapping[str, Any]) -> list[Variant]:
     found = []
     for name, (arrays, options, chips, promises) in _backward_cases().items():
-        for chip in chips:
-            for kernel, call in backward_calls(with_gradients(arrays), OPTIONS | options, chip):
-                if kernel in kernels and (kernel != "rows" or name == "bf16 128"):
-                    promised = promises if kernel != "rows" else {}
-                    made = variant_of(f"{name} {kernel}", kernels[kernel], call, chip, promised)
-                    found.append(replace(made, spills=SPILLS.get(kernel, FEW_SPILLS)))
+        for atomic, chip in itertools.product((False, True), chips):
+            if atomic and chip not in SUMMED_GRADIENTS:
+                continue
+            for kernel, call in backward_calls(with_gradients(arrays), OPTIONS | options, chip, atomic=atomic):
+                launched = _LAUNCHED[atomic].get(kernel)
+                if launched and (kernel in _WALKS or name == "bf16 128"):
+                    promised = promised_of(launched, promises)
+                    made = variant_of(f"{name} {launched}", kernels[kernel], call, chip, promised)
+                    found.append(replace(made, spills=SPILLS.get(launched, FEW_SPILLS)))
     return found
+
+
+# By whether queries' gradients are added up in memory: the kernels that differ, and their names.
+_LAUNCHED = {
+    False: {"rows": "rows", "keys": "keys", "queries": "queries"},
+    True: {"keys": "keys atomic", "round": "round"},
+}
+_WALKS = ("keys", "queries")
+
+
+def promised_of(launched: str, promises: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the assembly of a backward's kernel holds: those that only look at rows multiply nothing."""
+    if launched == "keys atomic":
+        return {chip: (*promises.get(chip, ()), REDUCES) for chip in SUMMED_GRADIENTS}
+    return promises if launched in _WALKS else {}
 
 
 def with_gradients(arrays: Mapping[str, Any]) -> dict[str, Any]:

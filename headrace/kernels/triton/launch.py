@@ -59,7 +59,16 @@ def _once(patch: Callable[..., Any]) -> Callable[..., Any]:
     return patched
 
 
+def _add_to_described(builder: Any, kind: Any, described: Any, values: Any, indices: Any) -> None:
+    """What a tensor descriptor's atomic_add does, which the interpreter lacks."""
+    places, there = described.materialize_pointers(indices)
+    there = interpreter.TensorHandle(there, tl.int1)
+    ir = triton._C.libtriton.ir
+    builder.create_atomic_rmw(ir.ATOMIC_OP.FADD, places, values, there, ir.MEM_SEMANTIC.RELAXED, ir.MEM_SYNC_SCOPE.GPU)
+
+
 if INTERPRETED:
+    interpreter.InterpreterBuilder.create_descriptor_reduce = _add_to_described
     interpreter._patch_lang_tensor = _indexed(interpreter._patch_lang_tensor)
     interpreter._patch_lang = _once(interpreter._patch_lang)
 else:
