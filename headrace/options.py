@@ -47,6 +47,7 @@ HELP = {
     "chunk_len": "Tokens of a prompt computed in one step.",
     "packed": "Weights kept by `headrace pack`: auto uses them where there, never, require.",
     "batch_invariant": "The same answer bit for bit, alone and among any others; slower where that costs something.",
+    "draft_model": "A smaller model with the same tokens, which guesses for answers that ask to speculate.",
     "host": "Address to listen on.",
     "port": "Port to listen on.",
     "unix_socket": "Listen on this socket in place of an address.",
@@ -116,6 +117,7 @@ class LoadOptions:
     kv_dtype: str = EngineConfig.kv_dtype
     packed: str = EngineConfig.packed
     batch_invariant: bool = EngineConfig.batch_invariant
+    draft_model: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

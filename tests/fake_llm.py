@@ -89,6 +89,7 @@ class LLM:
         kv_dtype: str = "float16",
         packed: str = "auto",
         batch_invariant: bool = False,
+        draft_model: str | None = None,
         progress: Any = None,
     ) -> None:
         options = {"kv_dtype": kv_dtype, "packed": packed, "batch_invariant": batch_invariant}

@@ -46,6 +46,21 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def test_a_draft_model_guesses_for_who_asks(tiny_path: Path, tmp_path: Path, start_process: Callable[..., Any]) -> None:
+    running = start_process("-m", f"tiny={tiny_path}", "--draft-model", str(tiny_path), folder=tmp_path)
+    try:
+        url = running.ready().url
+        body = {"model": "tiny", "prompt": "a mill", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+        plain, guessed = (
+            httpx.post(url + "/v1/completions", json={**body, **more}, timeout=60).json()["choices"][0]["text"]
+            for more in ({}, {"speculate": 3})
+        )
+        assert guessed == plain
+        assert gauge(url, "spec_decode_num_accepted_tokens_total") > 0
+    finally:
+        running.popen.kill()
+
+
 def test_a_client_that_leaves_makes_room_and_a_full_queue_says_when_to_come_again(busy: Any) -> None:
     url = busy.url + "/v1/completions"
     queued: list[httpx.Response] = []
