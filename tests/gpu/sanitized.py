@@ -28,6 +28,13 @@ def dense(kernel):
     return ""
 
 
+def ragged(kernel):
+    starts = torch.tensor([0, 130, 130, 147], dtype=torch.int32, device="cuda")
+    query, key, value = randn(147, 8, 128), randn(147, 2, 128), randn(147, 2, 128)
+    ops.attention(query, key, value, query_starts=starts, causal=True, window=(50, None), kernel=kernel)
+    return ""
+
+
 def backward(kernel):
     query, key, value = randn(1, 130, 4, 128), randn(1, 130, 2, 128), randn(1, 130, 2, 128)
     found = ops.attention(query, key, value, causal=True)

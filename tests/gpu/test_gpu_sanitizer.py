@@ -15,6 +15,7 @@ CALLS = (
     ("latent", "gluon_mla"),
     ("dense", "triton_attention"),
     ("dense", "gluon_attention"),
+    ("ragged", "gluon_attention"),
     ("backward", "triton_attention_backward"),
     ("backward", "triton_attention_backward_atomic"),
 )
