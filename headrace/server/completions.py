@@ -31,14 +31,14 @@ class CompletionRequest(Sampling):
     """OpenAI's fields, and those of SamplingParams. prompt: text or token ids, or a list of either.
 
     add_special_tokens: put what begins a text in front, as the model's file says. parse_special: control tokens that
-    a prompt spells out are those tokens; without it they are text.
+    a prompt spells out are those tokens; without it they are text. max_tokens 0 tells of the prompt alone, with echo.
     """
 
     refused: ClassVar[Refused] = {"suffix": ("text is made from left to right", ("",))}
 
     model: str
     prompt: str | list[int] | list[str] | list[list[int]]
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=0)
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
     best_of: int | None = Field(None, ge=1, le=MOST_CHOICES)
     stream: bool | None = None
@@ -78,7 +78,8 @@ class CompletionRequest(Sampling):
         told: dict[str, Any] = {} if self.logprobs is None else {"logprobs": self.logprobs}
         if told and self.echo:
             told["prompt_logprobs"] = self.logprobs
-        params = self.drawn(max_tokens=self.max_tokens or _DEFAULT_TOKENS, n=self.n or 1, best_of=self.best_of, **told)
+        most = _DEFAULT_TOKENS if self.max_tokens is None else max(1, self.max_tokens)  # of none, one is drawn unseen
+        params = self.drawn(max_tokens=most, n=self.n or 1, best_of=self.best_of, **told)
         special = {"add_special": self.add_special_tokens, "parse_special": self.parse_special}
         encode = llm.llm.tokenizer.encode
         ids = [encode(prompt, **special) if isinstance(prompt, str) else prompt for prompt in self.prompts]
@@ -128,7 +129,7 @@ class TextAnswer:
                 "index": place,
                 "text": texts[index],
                 "logprobs": self._logprobs(index),
-                "finish_reason": _reason(self._generation.streams[index]),
+                "finish_reason": self._reason(index),
             }
             for place, index in enumerate(self._chosen())
         ]
@@ -138,7 +139,7 @@ class TextAnswer:
     async def events(self) -> AsyncIterator[bytes]:
         """The chunks of a stream."""
         async for index, update in self._generation.updates():
-            reason = _reason(self._generation.streams[index]) if update.finish_reason else None
+            reason = self._reason(index) if update.finish_reason else None
             text = self._text(index, update)
             if text or reason:
                 yield self._chunk(index, text, reason)
@@ -171,6 +172,8 @@ class TextAnswer:
         before = ""
         if self._echoed[index] is None:
             self._echoed[index] = before = self._echo(index)
+        if self._body.max_tokens == 0:
+            return before
         if self._body.logprobs is not None:
             self._told[index].add(self._generation.streams[index], update)
         return before + update.text
@@ -193,13 +196,15 @@ class TextAnswer:
         each = self._body.num_drawn
         requests = [stream.request for stream in self._generation.streams[::each]]
         usage = self._generation.usage
+        if self._body.max_tokens == 0:
+            usage["completion_tokens"] = 0
         usage["prompt_tokens"] = sum(len(request.prompt_ids) for request in requests)
         usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
         usage["prompt_tokens_details"] = {"cached_tokens": sum(request.reused_len for request in requests)}
         return usage
 
-
-def _reason(stream: AsyncStream) -> str:
-    if stream.finish_reason == "cancelled":
-        raise Problem(503, "the server is shutting down", code="shutting_down")
-    return stream.finish_reason or "stop"
+    def _reason(self, index: int) -> str:
+        reason = self._generation.streams[index].finish_reason
+        if reason == "cancelled":
+            raise Problem(503, "the server is shutting down", code="shutting_down")
+        return "length" if self._body.max_tokens == 0 else reason or "stop"

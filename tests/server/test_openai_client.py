@@ -186,6 +186,23 @@ def test_logprobs_have_the_texts_of_the_answer(openai: OpenAI) -> None:
     assert streamed == told
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_can_be_scored_without_an_answer(openai: OpenAI, stream: bool) -> None:
+    given: Any = {**GREEDY, "prompt": "a mill", "echo": True, "logprobs": 1}
+    whole = openai.completions.create(**given).choices[0]
+    if stream:
+        [answer] = openai.completions.create(**{**given, "max_tokens": 0}, stream=True)
+    else:
+        answer = openai.completions.create(**{**given, "max_tokens": 0})
+        assert answer.usage is not None and answer.usage.completion_tokens == 0
+    [choice] = answer.choices
+    assert (choice.text, choice.finish_reason) == ("a mill", "length")
+    assert choice.logprobs is not None and whole.logprobs is not None
+    assert choice.logprobs.tokens is not None and "".join(choice.logprobs.tokens) == "a mill"
+    count = len(choice.logprobs.tokens)
+    assert choice.logprobs.token_logprobs == (whole.logprobs.token_logprobs or [])[:count]
+
+
 def test_logprobs_of_a_prompt_that_is_echoed(openai: OpenAI) -> None:
     choice = openai.completions.create(prompt="a mill", echo=True, logprobs=1, **GREEDY).choices[0]
     told = choice.logprobs
