@@ -14,6 +14,7 @@ from headrace.ops.attention_options import AttentionOptions, AttentionResult
 
 torch = pytest.importorskip("torch")
 gluon = pytest.importorskip("headrace.kernels.gluon.attention")
+gluon_form = pytest.importorskip("headrace.kernels.gluon.attention_form")
 KERNEL = gluon._attention_kernel
 CASES = (
     dense("one", 1, 1, 1, **heads(1, 1)),
@@ -122,6 +123,18 @@ def test_no_barrier_is_superfluous(barrier, monkeypatch):
     case = dense("long", 2, 200, 700, **heads(1, 1), key_lens=(690, 700), causal=False)
     with pytest.raises((OutOfOrder, Deadlock)):
         simulated(case, attention_batch(case, "float16", "float16"), monkeypatch, programs=1)
+
+
+@pytest.mark.slow
+def test_bits_do_not_depend_on_whether_heads_are_packed(monkeypatch):
+    whole = dense("whole", 1, 256, 300, **heads(2, 1), window=(150, None))
+    batch = attention_batch(whole, "float16", "float16")
+    apart, _ = simulated(whole, batch, monkeypatch)
+    few = batch | {"query": batch["query"][:, -40:]}
+    shapes = [{name: torch.empty(given[name].shape) for name in ("query", "key")} for given in (batch, few)]
+    assert [gluon_form.packed_heads(each) for each in shapes] == [1, 2]
+    packed, _ = simulated(dense("few", 1, 40, 300, **heads(2, 1), window=(150, None)), few, monkeypatch)
+    assert np.array_equal(apart.out[:, -40:], packed.out) and np.array_equal(apart.lse[:, -40:], packed.lse)
 
 
 def test_bits_do_not_depend_on_the_chunk_a_row_is_in(monkeypatch):
