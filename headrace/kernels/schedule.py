@@ -32,6 +32,7 @@ from headrace.errors import ArgumentError
 MOST_TOTAL, MOST_COST, MOST_WORKERS = 1 << 60, 1 << 38, 1 << 20
 # Equal splits: the length of a part is found to a 64th.
 TARGET_STEPS = 64
+EQUAL_LENGTHS = 8  # of parts that a GPU looks at together
 
 
 class Boundary(NamedTuple):
@@ -204,6 +205,31 @@ def _equal_target(items: _Items, costs: ScheduleCosts) -> int:
         middle = low + (high - low) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
+
+
+def even_boundaries(counts: Sequence[int], weight: int, costs: ScheduleCosts, least: int) -> list[Boundary]:
+    """What GPU kernels do, whose workers find it without a list: workers + 1 boundaries.
+
+    With no more items than workers, parts of one length, the shortest of EQUAL_LENGTHS that fit, if the longest part
+    costs no more than an interval of the line; else `stream_boundaries`. No part of a split item costs less than least.
+    """
+    items = _Items(counts, [weight] * len(counts), costs.overhead)
+    shared = items.total - costs.overhead - 2 * costs.merge_cost
+    step, most = max(_divide_up(max(0, shared), costs.workers), least), max(counts, default=0)
+    part = _even_part(counts, costs.workers, _divide_up(least, weight)) if len(counts) <= costs.workers and most else 0
+    longest = min(part, most) * weight + (costs.merge_cost if part < most else 0)
+    if not part or longest > step + 2 * costs.merge_cost:
+        return _stream(items, costs, costs.workers, least)
+    cuts = [Boundary(item, unit) for item, count in enumerate(counts) for unit in range(0, max(count, 1), part)]
+    return [*cuts, *[Boundary(len(counts), 0)] * (costs.workers + 1 - len(cuts))]
+
+
+def _even_part(counts: Sequence[int], workers: int, least: int) -> int:
+    units, spare = sum(counts), workers - len(counts)
+    low = max(_divide_up(units, workers), least, 1)
+    high = max(low, min(_divide_up(units, spare), max(counts)) if spare else max(counts))
+    lengths = [low + (high - low) * n // (EQUAL_LENGTHS - 1) for n in range(EQUAL_LENGTHS)]
+    return next((n for n in lengths if sum(max(1, _divide_up(count, n)) for count in counts) <= workers), high)
 
 
 def makespan(

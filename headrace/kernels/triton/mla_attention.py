@@ -26,7 +26,7 @@ from headrace.kernels.triton.launch import dot, on_device_of
 from headrace.kernels.triton.mla_launch import launch_of, mla_variants
 from headrace.kernels.triton.mla_merge import mla_merge_kernel
 from headrace.kernels.triton.paged_parts import keep, numbers, pages_at, rows_at, write_rows
-from headrace.kernels.triton.schedule import border, cut, extent_of, item_at, line_length, pieces, step_of
+from headrace.kernels.triton.schedule import border, cost_of, cut, extent_of, item_at, line_of, pieces
 from headrace.kernels.triton.variants import Variant
 
 _NO_BOUND = tl.constexpr(1 << 30)
@@ -200,31 +200,30 @@ def bound(keys):
 
 @triton.jit
 def interval_of(worker, num_workers, num_items, batch, line: tl.constexpr):
-    """A worker's part of the line: from, to, the length of all of it, of a part; its first item, where that begins."""
-    length = line_length(num_items, 1, batch, line)
-    step = step_of(length, num_workers, line)
-    x = border(worker, num_workers, length, step, line)
-    x_end = border(worker + 1, num_workers, length, step, line)
+    """A worker's part of the line: from, to, and the line itself; its first item, where that begins."""
+    whole = line_of(num_items, 1, num_workers, batch, line)
+    x = border(worker, num_workers, whole, line)
+    x_end = border(worker + 1, num_workers, whole, line)
     item = num_items * 0
     start = x_end
     if x < x_end:
-        item, _, start = item_at(x, num_items, 1, batch, line)
-    return (x, x_end, length, step), item, start
+        item, _, start = item_at(x, num_items, 1, batch, whole, line)
+    return (x, x_end, whole), item, start
 
 
 @triton.jit
 def part_of(worker, num_workers, interval, start, units, line: tl.constexpr):
     """What of an item of so many units lies in an interval: units from and to, whether there is anything to do, where
     the item ends; the slot of this part and the number of parts, -1 and 0 when it is the whole item."""
-    x, x_end, length, step = interval
-    first_unit = cut(x, start, units, line)
-    end_unit = cut(x_end, start, units, line)
-    after = start + line.overhead + units.to(tl.int64) * line.weight
+    x, x_end, whole = interval
+    first_unit = cut(x, start, units, whole, line)
+    end_unit = cut(x_end, start, units, whole, line)
+    after = start + cost_of(units, whole, line)
     here = (end_unit > first_unit) | ((units == 0) & (x < after) & (x_end >= after))
     slot = worker * 0 - 1
     number = worker * 0
     if here & (end_unit - first_unit < units):
-        _, number = pieces(start, units, num_workers, length, step, line)
+        _, number = pieces(start, units, num_workers, whole, line)
         slot = 2 * worker - (first_unit > 0).to(tl.int32)
     return first_unit, end_unit, here, after, slot, number
 

@@ -37,7 +37,7 @@ from headrace.kernels.triton.paged_parts import (
     scales_at,
     write_rows,
 )
-from headrace.kernels.triton.schedule import border, cut, extent_of, item_at, line_length, pieces, step_of
+from headrace.kernels.triton.schedule import border, cost_of, cut, extent_of, item_at, line_of, pieces
 from headrace.kernels.triton.variants import Variant
 
 _RUNTIME = [
@@ -234,21 +234,20 @@ def paged_attention_kernel(
     batch = (query_starts, key_lens, num_requests, num_tokens, most_keys, left, right, halvings)
     worker = tl.program_id(0)
     num_workers = tl.num_programs(0)
-    line = line_length(num_tiles, kv_heads, batch, setup)
-    step = step_of(line, num_workers, setup)
-    x = border(worker, num_workers, line, step, setup)
-    x_end = border(worker + 1, num_workers, line, step, setup)
+    line = line_of(num_tiles, kv_heads, num_workers, batch, setup)
+    x = border(worker, num_workers, line, setup)
+    x_end = border(worker + 1, num_workers, line, setup)
     if x >= x_end:
         return
-    tile, head, start = item_at(x, num_tiles, kv_heads, batch, setup)
+    tile, head, start = item_at(x, num_tiles, kv_heads, batch, line, setup)
     while (start < x_end) & (tile < num_tiles):
         request, token, tokens, num_keys, first_row, begin, end, first_unit, units = extent_of(tile, batch, setup)
         if first_row >= tokens * setup.group:
             tile += 1
         else:
-            unit = cut(x, start, units, setup)
-            unit_end = cut(x_end, start, units, setup)
-            after = start + setup.overhead + units.to(tl.int64) * setup.weight
+            unit = cut(x, start, units, line, setup)
+            unit_end = cut(x_end, start, units, line, setup)
+            after = start + cost_of(units, line, setup)
             if (unit_end > unit) | ((units == 0) & (x < after) & (x_end >= after)):
                 own_token, own_head, live, rows = rows_of(
                     (request, token, tokens, num_keys, first_row),
@@ -273,7 +272,7 @@ def paged_attention_kernel(
                 first = worker
                 number = 1
                 if unit_end - unit < units:
-                    first, number = pieces(start, units, num_workers, line, step, setup)
+                    first, number = pieces(start, units, num_workers, line, setup)
                 place = tl.where(by_item > 0, tile * kv_heads + head, first) * most_units
                 where = (rows, keys, values, scales, scales_v, table, extent, (scale, softcap))
                 if setup.chunk > 1:

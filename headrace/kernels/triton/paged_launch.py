@@ -18,6 +18,7 @@ from headrace.kernels.triton.variants import CHIPS, Variant
 _PRODUCTS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _BITS = {torch.float32: 32, torch.float16: 16, torch.bfloat16: 16, torch.uint8: 4}
 _UNBOUNDED, _FARTHEST = -1, 1 << 30
+_EQUAL_ROWS = 64  # of a tile of decode and verification; in larger ones equal parts take registers that are not there
 FLOAT8 = torch.float8_e4m3fn
 _SMALL = (
     *("query", "query_starts", "key_lens", "page_table", "mask", "sinks", "alibi_slopes"),
@@ -27,7 +28,7 @@ _SMALL = (
 
 @dataclass(frozen=True)
 class PagedSetup:
-    """What a kernel is compiled for. The first nine are those of `ScheduleSetup`.
+    """What a kernel is compiled for. The first nine, and equal, are those of `ScheduleSetup`.
 
     block, rest: parts of the head dimension; values: of the value dimension; page: keys of a page.
     format: how pages hold numbers; products: what is multiplied. chunk: tiles in a unit, 1 unless batch-invariant.
@@ -59,6 +60,7 @@ class PagedSetup:
     sinks: bool = False
     key_scales: bool = False
     value_scales: bool = False
+    equal: bool = False
 
     @property
     def one_page(self) -> bool:
@@ -178,6 +180,7 @@ def configured(dims: Heads, tile: PagedTile, *, top_left: bool = False, **rest: 
         values=dims.value_block,
         keys=tile.keys,
         chunk=tile.chunk,
+        equal=tile.chunk == 1 and tile.rows <= _EQUAL_ROWS,
         **rest,
     )
 
@@ -280,7 +283,7 @@ def strides(arrays: Mapping[str, Any]) -> dict[str, int]:
 # Compiling ahead of time
 
 # Of scalars of the schedule that stay through the loop over keys; nothing in that loop is spilled.
-_SPILLS = 48
+_SPILLS = 64
 
 _TYPES = {tl.float32: "fp32", tl.float16: "fp16", tl.bfloat16: "bf16"}
 

@@ -12,6 +12,7 @@ from headrace.kernels.row_tiles import RowTiling, row_tiles
 from headrace.kernels.schedule import (
     ScheduleCosts,
     Segment,
+    even_boundaries,
     paired_slot,
     paired_slots,
     segments,
@@ -40,7 +41,10 @@ def twin_segments(query_lens, key_lens, kv_heads, setup, *, workers, left=-1, ri
     items = [(tile.number, head) for tile in tiles for head in range(kv_heads)]
     counts = [tile.num_units for tile in tiles for _ in range(kv_heads)]
     costs = ScheduleCosts(setup.overhead, setup.merge_cost, workers, setup.snap)
-    boundaries = stream_boundaries(counts, [setup.weight] * len(counts), costs, setup.least)
+    if setup.equal:
+        boundaries = even_boundaries(counts, setup.weight, costs, setup.least)
+    else:
+        boundaries = stream_boundaries(counts, [setup.weight] * len(counts), costs, setup.least)
     return items, counts, [list(segments(counts, begin, end)) for begin, end in itertools.pairwise(boundaries)]
 
 
@@ -66,6 +70,7 @@ SETUPS = st.builds(
     merge_cost=st.integers(0, 7),
     snap=st.integers(0, 9),
     least=st.integers(32, 60),
+    equal=st.booleans(),
 )
 REQUESTS = st.lists(st.tuples(st.sampled_from([0, 1, 1, 2, 9, 40]), st.integers(0, 700)), min_size=1, max_size=6)
 WINDOWS = st.sampled_from([(-1, -1), (-1, 0), (20, 0), (0, 3), (100, -1)])
@@ -73,7 +78,7 @@ WINDOWS = st.sampled_from([(-1, -1), (-1, 0), (20, 0), (0, 3), (100, -1)])
 
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None)
-@given(batch=REQUESTS, kv_heads=st.integers(1, 3), workers=st.integers(1, 7), setup=SETUPS, window=WINDOWS)
+@given(batch=REQUESTS, kv_heads=st.integers(1, 3), workers=st.integers(1, 24), setup=SETUPS, window=WINDOWS)
 def test_the_device_finds_the_intervals_of_the_host(batch, kv_heads, workers, setup, window):
     query_lens, key_lens = zip(*batch, strict=True)
     asked = {"workers": workers, "left": window[0], "right": window[1]}
@@ -89,16 +94,27 @@ def test_the_device_finds_the_intervals_of_the_host(batch, kv_heads, workers, se
     assert_divided_once(counts, rows, workers)
 
 
+@pytest.mark.parametrize("equal,workers", [(False, 5), (True, 9)])
 @pytest.mark.parametrize("key_lens", [(700, 3, 64), (0, 0, 0)])
-def test_decode_is_divided_on_the_device(device, key_lens):
-    setup = ScheduleSetup(group=4, rows=16, unit_keys=16, top_left=False, **COSTS)
-    items, counts, rows = twin_segments((1, 1, 1), key_lens, 2, setup, workers=5)
-    found = device_segments(device, (1, 1, 1), key_lens, 2, setup, workers=5)
+def test_decode_is_divided_on_the_device(device, key_lens, equal, workers):
+    setup = ScheduleSetup(group=4, rows=16, unit_keys=16, top_left=False, **COSTS, equal=equal)
+    items, counts, rows = twin_segments((1, 1, 1), key_lens, 2, setup, workers=workers)
+    found = device_segments(device, (1, 1, 1), key_lens, 2, setup, workers=workers)
     assert [[row[:4] for row in got] for got in found] == [
         [[*items[s.item], s.begin, s.end] for s in row] for row in rows
     ]
-    assert_divided_once(counts, rows, 5)
+    assert_divided_once(counts, rows, workers)
     assert any(s.partial for row in rows for s in row) == any(key_lens)
+
+
+@pytest.mark.parametrize("workers,pieces", [(8, 1), (16, 2)])
+def test_equal_requests_are_cut_in_equal_parts(device, workers, pieces):
+    """Nobody has two segments, and no part is longer than another by more than what does not divide."""
+    setup = ScheduleSetup(group=4, rows=16, unit_keys=16, top_left=False, **COSTS, equal=True)
+    found = device_segments(device, [1] * 4, [640] * 4, 2, setup, workers=workers)
+    assert max(map(len, found)) == 1
+    lengths = [row[0][3] - row[0][2] for row in found if row]
+    assert len(lengths) == 8 * pieces and max(lengths) == -(-40 // pieces)
 
 
 def test_many_requests_are_summed_in_blocks(device):
