@@ -405,7 +405,7 @@ def variants() -> list[Variant]:
         ("IQ4_NL", 1, "bf16", "auto", ""),
     ]
     return [
-        _variant(name, tokens, x_types[kind], precision, fused, hip)
+        variant_of(name, tokens, x_types[kind], precision, fused, hip)
         for hip in (False, True)
         for name, tokens, kind, precision, fused in chosen
     ]
@@ -423,7 +423,10 @@ _VARIANT_COLS = 4096
 _ALIGNED = ("x_stride", "residual_stride", "num_cols", *(f"out_stride{slot}" for slot in range(SLOTS)))
 
 
-def _variant(name: str, tokens: int, x_dtype: torch.dtype, precision: str, fused: str, hip: bool) -> Variant:
+def variant_of(
+    name: str, tokens: int, x_dtype: torch.dtype, precision: str, fused: str = "", hip: bool = False
+) -> Variant:
+    """As a launch for one to three weights [4096, 4096] would be on 132 multiprocessors."""
     weight, gated = _sample(name), "gated" in fused
     count = 3 if "three" in fused else 2 if gated else 1
     out, vector = torch.empty(tokens, _VARIANT_COLS), torch.empty(_VARIANT_COLS)
