@@ -21,12 +21,14 @@ from headrace.kernels.triton.variants import CHIPS, Variant
 OPTIONS = {"top_left": False, "window_left": -1, "window_right": 0, "scale": 0.1, "softcap": 0.0}
 # Where nothing else is said, sizes of the call and addresses that are used before and behind the loops alone. With dQ:
 # those of the loops over whole tiles and over others, read back between these; by its SASS the first reads back
-# nothing (of ragged keys 3 of 551 instructions do), the other 6 of 1238.
+# nothing (of ragged keys 3 of 551 instructions do), the other by 6 of 1238.
 SPILLS = {"keys atomic": {"sm_90": 208}}
-FEW_SPILLS = {"sm_80": 16, "sm_90": 48}
-# The halves that tf32x3 makes of each query stay in registers; so do the sums of 512 values.
-LARGE = ("fp32 128", "bf16 576 512")
-SPILLS_OF_HALVES = {"sm_90": 144, "sm_100": 96}
+FEW_SPILLS = {"sm_80": 8, "sm_90": 48}
+# The halves that tf32x3 makes of each query stay in registers; so do the sums of 512 values. By their SASS, loops over
+# whole tiles read back: float32 of 128 by 12 of 1029 instructions (sm_100: 7 of 985), of 256 by 6 of 1049, 512 values
+# nothing. With half the keys a tile they would read back 0 or 1, and take half as many instructions again.
+LARGE = ("fp32 128", "fp32 256", "bf16 576 512")
+SPILLS_OF_HALVES = {"sm_90": 144, "sm_100": 88}
 REDUCES = "cp.reduce.async.bulk.tensor"
 WGMMA = {"sm_90": ("wgmma.mma_async",)}
 _SPELLED = {
