@@ -148,6 +148,7 @@ def rope_factors(peer: Any, theta: float = 10000.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.costly
 def test_logits_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     peer = peer_model(case)

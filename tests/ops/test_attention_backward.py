@@ -59,6 +59,7 @@ def assert_same_bits(one, other):
     "kernel,dtype", [*((k, "float32") for k in KERNELS[-3:]), *((k, "bfloat16") for k in KERNELS[:3])]
 )
 @EACH_CASE
+@pytest.mark.costly
 def test_kernel_is_within_budget(kernel, case, dtype):
     skip_unless_it_can_run(kernel, gradient_batch(case, dtype, dtype))
     assert_gradients_hold(case, kernel, dtype, dtype)
@@ -77,6 +78,7 @@ def test_kernel_is_within_budget_in_other_types(kernel, case, query_dtype, dtype
 
 
 @EACH_CASE
+@pytest.mark.costly
 def test_float64_is_exact_within_budget(case):
     assert_gradients_hold(case, "cpu_float64", "float64", "float64")
 

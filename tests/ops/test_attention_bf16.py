@@ -35,6 +35,7 @@ def computed(level, batch, value_dim, out_dtype="float32"):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+@pytest.mark.costly
 def test_emulated_tiles_are_within_budget(case, deterministic):
     batch = attention_batch(case, "bfloat16", "bfloat16")
     exact = reference(case, batch)

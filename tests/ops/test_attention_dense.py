@@ -53,6 +53,7 @@ def test_kernel_is_within_budget(kernel, case, query_dtype, dtype):
 
 
 @pytest.mark.parametrize("case", [case for case in ATTENTION if not case.kv_format], ids=lambda case: case.name)
+@pytest.mark.costly
 def test_float64_is_exact(case):
     assert_kernel_holds(case, "cpu_float64", "float64", "float64", out_dtype="float64")
 

@@ -45,6 +45,7 @@ def by_autograd(query, keys, values, d_out, *, bias, options, sinks, d_lse, own)
 
 
 @pytest.mark.parametrize("case", GRADIENTS[-2::-2], ids=lambda case: case.name)
+@pytest.mark.costly
 def test_the_reference_is_what_autograd_derives(case):
     batch, exact, _ = expected(case, "float64", "float64", 0)
     assert_gradients_close(reference(batch, by_autograd), exact, straightforward(batch, exact, "fp64"))

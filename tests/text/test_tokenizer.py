@@ -54,6 +54,7 @@ class TestDefaultModel:
 
     @settings(max_examples=2500, deadline=None)
     @given(text=texts)
+    @pytest.mark.slow
     def test_same_ids_as_transformers(self, default_tokenizer, published, text):
         assert default_tokenizer.encode(text) == published.encode(text, add_special_tokens=False)
 
@@ -191,6 +192,7 @@ class TestScoreMerge:
         with_bytes=st.booleans(),
         prefix=st.booleans(),
     )
+    @pytest.mark.slow
     def test_same_ids_as_the_definition(self, scored_metadata, table, text, with_bytes, prefix):
         metadata = scored_metadata(list(table.items()), with_bytes, add_space_prefix=prefix)
         tokens = metadata["tokenizer.ggml.tokens"]

@@ -209,6 +209,7 @@ def test_a_large_tensor_passes_in_pieces(tmp_path: Path) -> None:
     assert peak_bytes < values.nbytes / 2
 
 
+@pytest.mark.slow
 def test_the_default_model_converts_to_a_file_that_others_read(default_model_path: Path, tmp_path: Path) -> None:
     quantize_file(default_model_path, tmp_path / "new.gguf", "q4_k_m")
     theirs, ours = gguf.GGUFReader(tmp_path / "new.gguf"), open_gguf(tmp_path / "new.gguf")
