@@ -66,7 +66,7 @@ class AsyncStream:
                 stream._ticket = ticket
         assert self._ticket is not None
         while not self._ticket.accepted and self._ticket.state[1] is None:
-            await self._ticket.news()
+            await self._ticket.news(self._ticket.state)
 
     def __aiter__(self) -> AsyncIterator[Update]:
         return self._updates
@@ -116,9 +116,9 @@ class AsyncStream:
             await self.start()
             assert self._ticket is not None
             while self.finish_reason is None:
-                count, reason = self._ticket.state
+                count, reason = state = self._ticket.state
                 if count == self.num_tokens and reason is None:
-                    await self._ticket.news()
+                    await self._ticket.news(state)
                 else:
                     yield self._update(count, reason)
         finally:
@@ -136,7 +136,9 @@ class AsyncStream:
         if self._text.stopped:
             reason = "stop"
         elif reason == "error" and self.request.error is not None:
-            raise self.request.error
+            if not new_ids:
+                raise self.request.error
+            reason = None  # what was answered before comes first
         elif reason and pieces:
             pieces[-1] += self._text.finish()
         self.finish_reason = reason

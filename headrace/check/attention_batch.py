@@ -163,15 +163,17 @@ def _ancestors(count: int, random: np.random.Generator) -> np.ndarray:
 def straightforward(
     case: AttentionCase, batch: dict[str, Any], exact: AttentionResult, arithmetic: str = "fp32"
 ) -> AttentionResult:
-    """A plain loop in that arithmetic: of each element the worst of five orders of summation, the keys' own among them.
+    """A plain loop in that arithmetic: of each element the worst of seven ways to sum, the keys' own order among them.
 
-    One order alone may be right by luck where a batch has few outputs, and no kernel sums in just that order.
+    One way alone may be right by luck where a batch has few outputs, and no kernel sums in just that way.
     """
     random = np.random.default_rng(0)
     worst_out, worst_lse = exact.out, exact.lse
-    orders: list[Any] = [np.arange, *[random.permutation] * 4]
-    for shuffle in orders:
-        mix = functools.partial(_plain_mixture, arithmetic=arithmetic, shuffle=shuffle, shift=random.random())
+    ways: list[tuple[Any, Any]] = [(np.arange, _in_lanes), *[(random.permutation, _in_lanes)] * 4]
+    ways += [(np.arange, _one_by_one), (random.permutation, _one_by_one)]
+    for shuffle, products in ways:
+        how = {"arithmetic": arithmetic, "shuffle": shuffle, "products": products, "shift": random.random()}
+        mix = functools.partial(_plain_mixture, **how)
         other = reference(case, batch, mix)
         worst_out = _farther(worst_out, other.out, exact.out)
         worst_lse = _farther(worst_lse, other.lse, exact.lse)
@@ -193,6 +195,7 @@ def _plain_mixture(
     sinks: np.ndarray | None,
     arithmetic: str,
     shuffle: Callable[[int], np.ndarray],
+    products: Callable[[np.ndarray, np.ndarray], np.ndarray],
     shift: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Softmax as written in low precision. `shift`: weights are of exp(score - largest - shift)."""
@@ -201,7 +204,7 @@ def _plain_mixture(
     group, order, elements = query.shape[1] // keys.shape[1], shuffle(len(keys)), shuffle(query.shape[2])
     query, keys, values = (narrow(array.astype(dtype)) for array in (query, keys[order], values[order]))
     keys, values = per_head(keys, group), per_head(values, group)
-    scores = _products(query[..., elements], keys[..., elements]) * dtype(options.scale)
+    scores = products(query[..., elements], keys[..., elements]) * dtype(options.scale)
     scores = capped(scores, None if options.softcap is None else dtype(options.softcap))
     scores = scores + bias[..., order].astype(dtype)
     largest = np.max(scores, axis=-1, initial=-np.inf)
@@ -229,8 +232,13 @@ NARROW: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def _products(query: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """One element after the other, [heads, queries, keys]: NumPy's own products sum in lanes, which errs less."""
+def _in_lanes(query: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """NumPy's own products, [heads, queries, keys]: many sums side by side, added up at the end."""
+    return np.einsum("qhd,khd->hqk", query, keys, optimize=True)
+
+
+def _one_by_one(query: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """One element after the other, [heads, queries, keys]: lanes may be right to the last bit for one key."""
     total = np.zeros((query.shape[1], len(query), len(keys)), query.dtype)
     for one, other in zip(*(np.ascontiguousarray(array.transpose(2, 1, 0)) for array in (query, keys)), strict=True):
         total += one[:, :, None] * other[:, None]

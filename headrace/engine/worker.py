@@ -54,15 +54,14 @@ class Ticket:
         if self._woken is not None and not self._woken.done():
             self._woken.set_result(None)
 
-    async def news(self) -> tuple[int, str | None]:
-        """Number of tokens and finish reason, once something has changed. Raises what went wrong."""
-        if not self._changed:
+    async def news(self, seen: tuple[int, str | None]) -> None:
+        """Waits for a change from the state that was seen. Raises what went wrong when all before it has been seen."""
+        if not self._changed and self.error is None:
             self._woken = self.loop.create_future()
             await self._woken
         self._changed = False
-        if self.error is not None:
+        if self.error is not None and self.state == seen:
             raise self.error
-        return self.state
 
 
 class _Call:

@@ -38,7 +38,7 @@ class Metrics:
         )
         self.finished = self._counter("request_success", "Answers by how they ended.", "finished_reason")
         self.tallies: defaultdict[str, Tally] = defaultdict(Tally)  # by the model's name
-        self.registry.register(_Tallies(self.tallies))
+        self.registry.register(_Tallies(models, self.tallies))
         self.registry.register(_Gauges(models))
 
     def text(self) -> bytes:
@@ -67,10 +67,10 @@ class Tally:
 
 
 class _Tallies:
-    """Tells of tallies as Prometheus wants it: each bucket holds those before it."""
+    """Tells of tallies as Prometheus wants it: each bucket holds those before it. Of loaded models even of none."""
 
-    def __init__(self, tallies: Mapping[str, Tally]) -> None:
-        self._tallies = tallies
+    def __init__(self, models: Iterable[ServedModel], tallies: Mapping[str, Tally]) -> None:
+        self._models, self._tallies = models, tallies
 
     def describe(self) -> Iterator[Metric]:
         return iter(())
@@ -81,7 +81,8 @@ class _Tallies:
             "vllm:inter_token_latency_seconds", "Between two tokens.", labels=["model_name"]
         )
         bounds = [floatToGoString(bound) for bound in (*_TOKEN_S, float("inf"))]
-        for name, tally in self._tallies.items():
+        loaded = {model.name: Tally() for model in self._models if model.llm is not None}
+        for name, tally in (loaded | dict(self._tallies)).items():
             tokens.add_metric([name], tally.num_tokens)
             buckets = list(zip(bounds, accumulate(tally.num_between), strict=True))
             between.add_metric([name], buckets, tally.between_s)
